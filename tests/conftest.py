@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +189,11 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the global state
     torch.manual_seed(0)
-    yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
