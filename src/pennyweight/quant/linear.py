@@ -1,0 +1,133 @@
+"""A frozen linear layer that keeps its weight quantized and multiplies by it on the way.
+
+Forward and input gradient each dequantize the weight and drop it again (QLoRA, arXiv 2305.14314,
+equations 5 and 6); there is no weight gradient, so nothing of the input is kept either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pennyweight.quant.blockwise import Quantized4Bit, dequantize_4bit
+from pennyweight.quant.rowwise import Quantized8Bit, dequantize_8bit
+
+__all__ = ["QuantizedLinear"]
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b with W frozen in 4 or 8 bits, `[out_features, in_features]`.
+
+    Codes, scales and bias are buffers: they move with `.to(device)`, and codes and scales keep
+    their dtypes under `.to(dtype)`, `.half()` and the like. The product is taken in
+    `compute_dtype`, or in autocast's dtype, or in x's. With a `compute_dtype`, y returns in x's
+    dtype; else in the dtype of the product, as `nn.Linear` does.
+
+    A layer that stores `[in, out]`, such as GPT-2's Conv1D, is quantized from its transpose.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        value: Quantized4Bit | Quantized8Bit,
+        bias: Float[Tensor, " d_out"] | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert len(value.shape) == 2, value.shape
+        self.out_features, self.in_features = value.shape
+        assert bias is None or tuple(bias.shape) == (self.out_features,), bias.shape
+        self.compute_dtype = compute_dtype
+        stored = value.tensors()
+        self._stored_names = tuple(stored)
+        # What is not a tensor of the value; its tensors are the buffers, wherever those move.
+        self._description = value.with_tensors({name: t.to("meta") for name, t in stored.items()})
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def value(self) -> Quantized4Bit | Quantized8Bit:
+        """The stored weight; its tensors are this layer's own, not copies."""
+        return self._description.with_tensors(
+            {name: self.get_buffer(name) for name in self._stored_names}
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "d_out d_in"]:
+        """The dense weight, `[out_features, in_features]`, in its original dtype or in `dtype`."""
+        return _dense(self.value, dtype)
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = self.compute_dtype or (torch.get_autocast_dtype(device) if autocast else x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y: Tensor = _FrozenProduct.apply(x.to(dtype), self.value, bias)  # type: ignore[no-untyped-call]
+        return y if self.compute_dtype is None else y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        kind = self._description.format if isinstance(self._description, Quantized4Bit) else "int8"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={kind}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Let `fn` move the stored tensors but not change their dtypes."""
+        stored = {id(self._buffers[name]) for name in self._stored_names}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in stored and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """y = x W^T + b and grad_x = grad_y W, where W exists only inside either product.
+
+    The value hangs on the context by reference rather than among the saved tensors: hooks that
+    offload or recompute saved tensors have no business with the frozen weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, value: Quantized4Bit | Quantized8Bit, bias: Tensor | None
+    ) -> Tensor:
+        ctx.value = value
+        with _autocast_off(x.device.type):
+            return F.linear(x, _dense(value, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        (grad_y,) = grads
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        with _autocast_off(grad_y.device.type):
+            return grad_y @ _dense(ctx.value, grad_y.dtype), None, None
+
+
+def _dense(value: Quantized4Bit | Quantized8Bit, dtype: torch.dtype | None) -> Tensor:
+    if isinstance(value, Quantized8Bit):
+        return dequantize_8bit(value, dtype)
+    return dequantize_4bit(value, dtype)
+
+
+def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
+    """The operands already have the dtype of the product; entering autocast costs, so only if on."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
