@@ -1,0 +1,192 @@
+"""Memory, time and disk of a run, predicted from its config and the model's shapes alone.
+
+No weight is read. The arithmetic is in `activations` and `memory` (bytes), `cost` (operations,
+seconds, disk) and `search` (what to change when it does not fit).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from pennyweight.config import RunConfig
+from pennyweight.errors import ConfigError
+from pennyweight.plan.cost import Cost, Disk, cost, disk
+from pennyweight.plan.devices import DEVICES, Device, named_device, parse_memory, this_device
+from pennyweight.plan.memory import Moment, Part, parts, peak
+from pennyweight.plan.search import Fit, chosen_policy, largest_fit, mends
+from pennyweight.plan.setting import POLICIES, DataSize, Recompute, Setting
+from pennyweight.shapes import Shapes
+
+__all__ = [
+    "DEVICES",
+    "DataSize",
+    "Device",
+    "Fit",
+    "Part",
+    "Plan",
+    "fit",
+    "named_device",
+    "parse_memory",
+    "plan",
+]
+
+Verdict = Literal["fits", "fits with changes", "cannot"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will take. Sizes in bytes, times in seconds.
+
+    `peak_bytes` includes the process, as resident memory does; `allocated_bytes` is tensors
+    alone, as `torch.cuda.max_memory_allocated` counts them. `moment` is when the peak falls.
+    """
+
+    model: str
+    method: str
+    storage: str
+    dtype: str
+    device: Device
+    parameters: int
+    trained_parameters: int
+    micro_batch_tokens: int
+    longest_row: int
+    recompute: Recompute
+    parts: tuple[Part, ...]
+    moment: Moment
+    peak_bytes: int
+    allocated_bytes: int
+    budget_bytes: int
+    peak_by_policy: dict[str, int]
+    verdict: Verdict
+    changes: tuple[str, ...]
+    peak_after_changes: int | None
+    cost: Cost
+    disk: Disk
+    rows: DataSize | None
+
+    @property
+    def fits(self) -> bool:
+        """The run fits as it is written."""
+        return self.verdict == "fits"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the verdict last."""
+        plain = asdict(self)
+        plain["fits"] = self.fits
+        plain["verdict"] = plain.pop("verdict")
+        return plain
+
+    def table_rows(self) -> list[tuple[str, str, str]]:
+        """Rows of (what, how much, remark) for a person: memory, then work, then disk."""
+        from pennyweight.plan.table import rows_of
+
+        return rows_of(self)
+
+    def sentence(self) -> str:
+        """The verdict in words, with what to paste."""
+        from pennyweight.plan.table import sentence_of
+
+        return sentence_of(self)
+
+
+def plan(
+    config: RunConfig,
+    shapes: Shapes | None = None,
+    *,
+    device: Device | None = None,
+    budget_bytes: int | None = None,
+    rows: DataSize | None = None,
+) -> Plan:
+    """Predict the run that `config` describes, on a device (this machine's by default).
+
+    `budget_bytes` replaces the device's memory; `rows` says how much data there is, without
+    which steps and time are known only where `train.max_steps` is set.
+    """
+    setting, budget = _setting(config, shapes, device, budget_bytes, rows)
+    policy = chosen_policy(setting, budget)
+    held = parts(setting, policy)
+    total, moment = peak(held)
+    verdict: Verdict = "fits"
+    changes: tuple[str, ...] = ()
+    after: int | None = None
+    if total > budget:
+        found = mends(setting, budget)
+        verdict = "fits with changes" if found else "cannot"
+        changes, after = found or ((), None)
+    return Plan(
+        model=config.base.model,
+        method=setting.method,
+        storage=setting.storage,
+        dtype=setting.dtype,
+        device=setting.device,
+        parameters=setting.shapes.count,
+        trained_parameters=setting.trained_elements,
+        micro_batch_tokens=setting.micro_tokens,
+        longest_row=setting.longest,
+        recompute=policy,
+        parts=held,
+        moment=moment,
+        peak_bytes=total,
+        allocated_bytes=peak(held, allocated=True)[0],
+        budget_bytes=budget,
+        peak_by_policy={p: peak(parts(setting, p))[0] for p in POLICIES},
+        verdict=verdict,
+        changes=changes,
+        peak_after_changes=after,
+        cost=cost(setting, policy),
+        disk=disk(setting),
+        rows=rows,
+    )
+
+
+def fit(
+    config: RunConfig,
+    shapes: Shapes | None = None,
+    *,
+    device: Device | None = None,
+    budget_bytes: int | None = None,
+    rows: DataSize | None = None,
+) -> Fit:
+    """Longest sequence, largest batch and fastest recompute policy that the budget holds.
+
+    ConfigError if not even a row of 8 tokens fits; it says how much would be needed.
+    """
+    setting, budget = _setting(config, shapes, device, budget_bytes, rows)
+    found = largest_fit(setting, budget)
+    if found is None:
+        least = _least(setting)
+        raise ConfigError(
+            f"{config.base.model} with method {setting.method} needs {least / 1e9:.1f} GB for the "
+            f"shortest row, the budget is {budget / 1e9:.1f} GB; "
+            + (
+                "take a larger device"
+                if setting.storage in ("nf4", "fp4")
+                else "train.method=qlora base.quantization=nf4 needs least"
+            )
+        )
+    return found
+
+
+def _least(setting: Setting) -> int:
+    from pennyweight.plan.search import sized
+
+    return peak(parts(sized(setting, 8, 1), "full"))[0]
+
+
+def _setting(
+    config: RunConfig,
+    shapes: Shapes | None,
+    device: Device | None,
+    budget_bytes: int | None,
+    rows: DataSize | None,
+) -> tuple[Setting, int]:
+    if device is None:
+        device = named_device(config.base.device)
+    if shapes is None:
+        from pennyweight.model import shapes as read_shapes
+
+        shapes = read_shapes(config.base.model)
+    if budget_bytes is not None:
+        device = replace(device, memory_bytes=budget_bytes)
+    return Setting(config, shapes, device, rows), device.memory_bytes

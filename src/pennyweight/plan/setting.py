@@ -1,0 +1,161 @@
+"""A run reduced to the numbers that memory and time depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from pennyweight.config import RunConfig
+from pennyweight.errors import ConfigError
+from pennyweight.plan.devices import Device
+from pennyweight.shapes import Parameter, Shapes
+
+__all__ = ["POLICIES", "DataSize", "Recompute", "Setting"]
+
+Recompute = Literal["none", "minimal", "full", "offloaded"]
+
+POLICIES: tuple[Recompute, ...] = ("none", "minimal", "full", "offloaded")
+"""From the fastest to the most sparing: see `pennyweight.plan.activations`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSize:
+    """How much there is to learn from: rows and their lengths in tokens, as they will be cut."""
+
+    rows: int
+    tokens: int
+    longest: int
+    exact: bool = True
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a row on average."""
+        return self.tokens / max(1, self.rows)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run on one device: what is held, in which types, and how many tokens a pass takes."""
+
+    config: RunConfig
+    shapes: Shapes
+    device: Device
+    rows: DataSize | None = None
+
+    def __post_init__(self) -> None:
+        if self.longest > self.shapes.max_positions:
+            raise ConfigError(
+                f"data.max_length {self.config.data.max_length}: {self.shapes.name} knows "
+                f"{self.shapes.max_positions} positions; data.max_length={self.shapes.max_positions}"
+            )
+
+    @property
+    def method(self) -> str:
+        return self.config.train.method
+
+    @property
+    def full(self) -> bool:
+        """Every weight is trained."""
+        return self.method == "full"
+
+    @property
+    def storage(self) -> str:
+        """How linear weights are held: quantized for `qlora` alone."""
+        return self.config.base.quantization if self.method == "qlora" else "none"
+
+    @property
+    def dtype(self) -> str:
+        """The type of the products and of every weight that is not quantized."""
+        asked = self.config.base.dtype
+        if asked == "auto":
+            return "float32" if self.device.half_type == "float16" else self.device.dtype
+        return asked
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of one number in the type of the products."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one unquantized weight: full fine-tuning holds float32 masters."""
+        return 4 if self.full else self.product_bytes
+
+    @property
+    def mixed(self) -> bool:
+        """Products in 16 bits over float32 weights (autocast)."""
+        return self.full and self.product_bytes == 2
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Rank of the adapter at each module it stands beside; empty for full fine-tuning."""
+        if self.full:
+            return {}
+        from pennyweight.lora.targets import rank_of, targets
+
+        linear = [p for p in self.shapes.parameters if p.kind in ("linear", "head")]
+        head = next((p.module for p in linear if p.kind == "head"), None)
+        chosen = targets((p.module for p in linear), self.config.adapter.target_modules, head=head)
+        return {name: rank_of(name, self.config.adapter) for name in chosen}
+
+    @cached_property
+    def extra_trained(self) -> tuple[Parameter, ...]:
+        """Parameters of `adapter.modules_to_save`, trained in full beside the adapter."""
+        wanted = () if self.full else self.config.adapter.modules_to_save
+        return tuple(
+            p
+            for p in self.shapes.parameters
+            if any(p.module == name or p.module.endswith("." + name) for name in wanted)
+        )
+
+    @cached_property
+    def adapter_elements(self) -> int:
+        """Numbers in the adapter: r * (d_in + d_out) a module, and its full copies."""
+        low_rank = sum(
+            self.ranks[p.module] * sum(p.shape)
+            for p in self.shapes.parameters
+            if p.module in self.ranks and p.kind in ("linear", "head")
+        )
+        copies = 1
+        for parameter in self.extra_trained:
+            for size in parameter.shape:
+                copies *= size
+            low_rank, copies = low_rank + copies, 1
+        return low_rank
+
+    @property
+    def trained_elements(self) -> int:
+        """Numbers that get a gradient."""
+        return self.shapes.count if self.full else self.adapter_elements
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row the model will see."""
+        limit = self.config.data.max_length
+        return min(limit, self.rows.longest) if self.rows else limit
+
+    @property
+    def document(self) -> float:
+        """Tokens of a typical row, which the attention's cost goes by."""
+        return min(float(self.longest), self.rows.mean) if self.rows else float(self.longest)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of the largest micro-batch: one flat row, no padding."""
+        train, data = self.config.train, self.config.data
+        if not data.packing:
+            most = train.batch_size * self.longest
+        elif train.tokens_per_step:
+            most = max(self.longest, train.tokens_per_step // train.gradient_accumulation_steps)
+        else:
+            most = train.batch_size * data.max_length
+        return max(self.longest, min(most, self.rows.tokens)) if self.rows else most
+
+    @property
+    def step_tokens(self) -> float:
+        """Tokens of an optimizer step, as full as rows can be packed."""
+        train = self.config.train
+        if self.rows and not self.config.data.packing:
+            return train.batch_size * self.rows.mean * train.gradient_accumulation_steps
+        return float(self.micro_tokens * train.gradient_accumulation_steps)

@@ -1,0 +1,146 @@
+"""A model as its shapes alone: every parameter's name, size and role, and no weight.
+
+All that a prediction needs. `pennyweight.model.shapes` reads one from a `config.json`;
+`dense_shapes` writes one down for the plain decoders that most people tune.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+__all__ = ["Kind", "Parameter", "Shapes", "dense_shapes"]
+
+Kind = Literal["linear", "embedding", "head", "norm", "bias", "other"]
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One tensor of a model; a linear weight is `(d_out, d_in)`, whatever the file's own order."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    tied_to: str | None = None
+
+    @property
+    def elements(self) -> int:
+        """Numbers it holds; a tied one holds none of its own."""
+        return 0 if self.tied_to else math.prod(self.shape)
+
+    @property
+    def layer(self) -> int | None:
+        """Index of the decoder layer it belongs to, or None."""
+        found = _LAYER.search(self.name)
+        return int(found.group(1)) if found else None
+
+    @property
+    def module(self) -> str:
+        """Full name of the module that owns it."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A decoder's sizes. `activation` is transformers' name; `gated` means gate * up (SwiGLU)."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    gated: bool = True
+    activation: str = "silu"
+
+    @cached_property
+    def count(self) -> int:
+        """Parameters in all, tied ones once."""
+        return sum(p.elements for p in self.parameters)
+
+    @cached_property
+    def linears(self) -> tuple[Parameter, ...]:
+        """Weights of the linear layers, the output head apart."""
+        return tuple(p for p in self.parameters if p.kind == "linear")
+
+    @cached_property
+    def by_layer(self) -> tuple[tuple[Parameter, ...], ...]:
+        """Parameters of each decoder layer, in order."""
+        rows: dict[int, list[Parameter]] = {}
+        for parameter in self.parameters:
+            if parameter.layer is not None:
+                rows.setdefault(parameter.layer, []).append(parameter)
+        return tuple(tuple(rows[index]) for index in sorted(rows))
+
+    @property
+    def head_elements(self) -> int:
+        """Multiplications of the output head for one token, tied or not."""
+        return self.vocab * self.hidden
+
+
+def dense_shapes(
+    name: str,
+    *,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    vocab: int,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    max_positions: int = 4096,
+    tied: bool = False,
+    qk_norm: bool = False,
+    qkv_bias: bool = False,
+) -> Shapes:
+    """A decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3) from the numbers of its card.
+
+    >>> dense_shapes("tiny", layers=1, hidden=8, intermediate=16, heads=2, vocab=10).count
+    824
+    """
+    kv = kv_heads or heads
+    width = head_dim or hidden // heads
+    rows: list[Parameter] = [Parameter("model.embed_tokens.weight", (vocab, hidden), "embedding")]
+    projections = {
+        "self_attn.q_proj": (heads * width, hidden),
+        "self_attn.k_proj": (kv * width, hidden),
+        "self_attn.v_proj": (kv * width, hidden),
+        "self_attn.o_proj": (hidden, heads * width),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if qk_norm:
+        norms |= {"self_attn.q_norm": width, "self_attn.k_norm": width}
+    for index in range(layers):
+        place = f"model.layers.{index}"
+        for leaf, shape in projections.items():
+            rows.append(Parameter(f"{place}.{leaf}.weight", shape, "linear"))
+            if qkv_bias and leaf.endswith(("q_proj", "k_proj", "v_proj")):
+                rows.append(Parameter(f"{place}.{leaf}.bias", shape[:1], "bias"))
+        rows += [Parameter(f"{place}.{leaf}.weight", (n,), "norm") for leaf, n in norms.items()]
+    rows.append(Parameter("model.norm.weight", (hidden,), "norm"))
+    twin = "model.embed_tokens.weight" if tied else None
+    rows.append(Parameter("lm_head.weight", (vocab, hidden), "head", twin))
+    return Shapes(
+        name=name,
+        parameters=tuple(rows),
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=kv,
+        head_dim=width,
+        vocab=vocab,
+        max_positions=max_positions,
+    )
