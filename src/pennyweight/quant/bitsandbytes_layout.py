@@ -18,13 +18,9 @@ import torch
 from torch import Tensor
 
 from pennyweight.errors import ModelError
-from pennyweight.quant.blockwise import (
-    BLOCK_SIZES,
-    WEIGHT_DTYPES,
-    NestedScales,
-    Quantized4Bit,
-)
+from pennyweight.quant.blockwise import BLOCK_SIZES, NestedScales, Quantized4Bit
 from pennyweight.quant.formats import DYNAMIC_8BIT, FourBit, levels_of
+from pennyweight.quant.intake import WEIGHT_DTYPES
 from pennyweight.quant.rowwise import Quantized8Bit
 
 __all__ = ["from_bitsandbytes", "to_bitsandbytes"]

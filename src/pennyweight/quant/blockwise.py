@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Literal, Self
+from typing import Final, Literal
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -25,25 +25,25 @@ from pennyweight.quant.formats import (
     rank_table,
     thresholds,
 )
+from pennyweight.quant.intake import chunks, refuse_nonfinite, refuse_unfit
+from pennyweight.quant.rowwise import Quantized8Bit, dequantize_8bit, quantize_8bit
 
 __all__ = [
     "BLOCK_SIZES",
     "NESTED_BLOCK_SIZE",
-    "WEIGHT_DTYPES",
     "NestedScales",
     "Quantized4Bit",
+    "Quantized8Bit",
     "block_scales",
-    "chunk_elements",
     "dequantize_4bit",
+    "dequantize_8bit",
     "quantize_4bit",
-    "refuse_nonfinite",
-    "refuse_unfit",
+    "quantize_8bit",
     "storage_bytes",
 ]
 
 BLOCK_SIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE: Final = 256
-WEIGHT_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 # Smallest scale a block is divided by, so that a block of zeros gives zeros; bitsandbytes' value.
 _SMALLEST_SCALE: Final = 1e-38
@@ -92,7 +92,7 @@ class Quantized4Bit:
             "nested_offset": nested.offset,
         }
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Quantized4Bit:
         """The same weight on other tensors, moved ones for instance; not copied."""
         scales: Tensor | NestedScales = tensors["absmax"]
         if isinstance(self.absmax, NestedScales):
@@ -131,7 +131,7 @@ def quantize_4bit(
     codes = torch.empty(-(-count // 2), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=flat.device)
     whole = count - count % block_size
-    for start, stop in _chunks(whole, flat.device):
+    for start, stop in chunks(whole, flat.device):
         blocks = flat[start:stop].view(-1, block_size).float()
         peaks = absmax[start // block_size : stop // block_size]
         torch.amax(blocks.abs(), dim=1, out=peaks)
@@ -168,7 +168,7 @@ def dequantize_4bit(
     assert out.is_contiguous()
     assert dtype in (None, out.dtype), (dtype, out.dtype)
     flat, scales, table = out.view(-1), block_scales(q), pair_table(q.format, q.codes.device)
-    for start, stop in _chunks(flat.numel(), q.codes.device):
+    for start, stop in chunks(flat.numel(), q.codes.device):
         # One gather of 8 bytes fetches the two levels of a byte.
         index = q.codes[start // 2 : -(-stop // 2)].int()
         levels = table.index_select(0, index).view(torch.float32)[: stop - start]
@@ -255,38 +255,3 @@ def _multiply_blocks(values: Tensor, scales: Tensor, block_size: int, *, out: Te
     )
     if whole < count:
         torch.mul(values[whole:], scales[-1], out=out[whole:])
-
-
-def chunk_elements(device: torch.device) -> int:
-    """Elements worked on at once: within a CPU's second cache, enough to fill a GPU."""
-    return 1 << 18 if device.type == "cpu" else 1 << 22
-
-
-def _chunks(count: int, device: torch.device) -> list[tuple[int, int]]:
-    """Consecutive (start, stop) that cover `count`; every start is a whole number of blocks."""
-    step = chunk_elements(device)
-    return [(start, min(start + step, count)) for start in range(0, count, step)]
-
-
-def refuse_unfit(weight: Tensor) -> None:
-    """Raise ModelError for a dtype that is not a weight's, or an empty weight."""
-    if weight.dtype not in WEIGHT_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-        raise ModelError(f"a weight to quantize is {weight.dtype}; it must be one of {names}")
-    if weight.numel() == 0:
-        raise ModelError(f"a weight of shape {list(weight.shape)} has nothing to quantize")
-
-
-def refuse_nonfinite(weight: Tensor, absmax: Tensor) -> None:
-    """Raise ModelError that counts and locates what is not finite in a weight.
-
-    Its scales are finite exactly if it is, so only a bad weight is read again.
-    """
-    if absmax.isfinite().all():
-        return
-    bad = weight.detach().isfinite().logical_not_()
-    first = bad.nonzero()[0]
-    raise ModelError(
-        f"a weight of shape {list(weight.shape)} holds {int(bad.sum())} values that are not "
-        f"finite; the first is {weight[tuple(first)].item()} at {first.tolist()}"
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Module):
             f"bias={self.bias is not None}, format={kind}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Let `fn` move the stored tensors but not change their dtypes."""
         stored = {id(self._buffers[name]) for name in self._stored_names}
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
-from pennyweight.quant.blockwise import chunk_elements, refuse_nonfinite, refuse_unfit
+from pennyweight.quant.intake import chunk_elements, refuse_nonfinite, refuse_unfit
 
 __all__ = ["Quantized8Bit", "dequantize_8bit", "quantize_8bit"]
 
@@ -40,7 +39,7 @@ class Quantized8Bit:
         """The tensors by name, to move, hash or register; `with_tensors` is the inverse."""
         return {"codes": self.codes, "scale": self.scale}
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Quantized8Bit:
         """The same weight on other tensors, moved ones for instance; not copied."""
         return replace(self, codes=tensors["codes"], scale=tensors["scale"])
 
