@@ -1,0 +1,29 @@
+"""What a model is worth on held-out rows: losses and answers, each with its count and interval.
+
+Sums and counts travel together and are divided once, when asked.
+"""
+
+from pennyweight.evaluate.answers import (
+    AnswerReport,
+    evaluate_answers,
+    exact_match,
+    paired_answers,
+    rouge_l,
+)
+from pennyweight.evaluate.intervals import Difference, bootstrap, wilson
+from pennyweight.evaluate.losses import LossReport, evaluate_loss, paired, read_by
+
+__all__ = [
+    "AnswerReport",
+    "Difference",
+    "LossReport",
+    "bootstrap",
+    "evaluate_answers",
+    "evaluate_loss",
+    "exact_match",
+    "paired",
+    "paired_answers",
+    "read_by",
+    "rouge_l",
+    "wilson",
+]

@@ -1,0 +1,65 @@
+"""How sure a figure is, at 95 %: bootstrap over documents for means, Wilson's score for shares.
+
+Bootstrap: Efron 1979, percentile intervals, seeded. Score interval: Wilson 1927.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Difference", "Interval", "bootstrap", "wilson"]
+
+RESAMPLES = 2000
+NORMAL_QUANTILE_975 = 1.959963984540054
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """After minus before on the same rows; row by row, so what is hard for both cancels."""
+
+    mean: float
+    interval: Interval | None
+    rows: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"difference": self.mean, "interval_95": self.interval, "rows": self.rows}
+
+
+def bootstrap(
+    sums: Sequence[float], counts: Sequence[int] | None = None, *, seed: int = 0
+) -> Interval | None:
+    """Interval of Σ sums / Σ counts when documents are drawn again with replacement.
+
+    None for fewer than two documents. The same seed draws the same documents.
+    """
+    if len(sums) < 2:
+        return None
+    tops = np.asarray(sums, dtype=np.float64)
+    bottoms = np.ones_like(tops) if counts is None else np.asarray(counts, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(len(tops), size=len(tops))
+        total = bottoms[drawn].sum()
+        if total:
+            means.append(tops[drawn].sum() / total)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """Score interval of a share: holds its level for few rows and at 0 and 1, where the normal
+    one collapses."""
+    z = NORMAL_QUANTILE_975
+    share = successes / trials
+    middle = share + z * z / (2 * trials)
+    reach = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)

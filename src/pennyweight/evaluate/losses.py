@@ -1,0 +1,132 @@
+"""Loss, perplexity and token accuracy of held-out rows, with the rows' own sums kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pennyweight.data.batch import Batch
+from pennyweight.errors import DataError, DivergedError
+from pennyweight.evaluate.intervals import Difference, Interval, bootstrap
+from pennyweight.loss import targets
+from pennyweight.model import BaseModel
+
+__all__ = ["LossReport", "evaluate_loss", "paired", "read_by"]
+
+# Logits held at once: 64 MiB of float32.
+MOST_LOGITS = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class LossReport:
+    """Summed loss in nats over `count` trained tokens, document by document too."""
+
+    loss_sum: float
+    count: int
+    correct: int
+    sources: tuple[str, ...]
+    document_losses: tuple[float, ...]
+    document_counts: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """Nats per trained token."""
+        return self.loss_sum / self.count
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of trained tokens that were the likeliest one."""
+        return self.correct / self.count
+
+    @property
+    def interval(self) -> Interval | None:
+        """Of `loss`; None for a single document, which says nothing of others."""
+        return bootstrap(self.document_losses, self.document_counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss,
+            "loss_interval_95": self.interval,
+            "perplexity": self.perplexity,
+            "token_accuracy": self.token_accuracy,
+            "trained_tokens": self.count,
+            "documents": len(self.sources),
+        }
+
+
+def read_by(batches: Iterable[Batch], adapter: str | None) -> Iterator[Batch]:
+    """The same batches, every document read by `adapter`; None is the bare base."""
+    for batch in batches:
+        yield replace(batch, adapters=(adapter,) * len(batch.adapters))
+
+
+@torch.inference_mode()
+def evaluate_loss(base: BaseModel, batches: Iterable[Batch]) -> LossReport:
+    """Loss of every trained token, each document by the adapter its batch names.
+
+    DataError where nothing is trained; DivergedError names the first row whose loss is not finite.
+    """
+    sources: list[str] = []
+    losses: list[float] = []
+    counts: list[int] = []
+    correct = 0
+    for batch in batches:
+        right, sums, numbers = _document_losses(base, batch.to(base.device))
+        correct += right
+        losses += sums
+        counts += numbers
+        sources += batch.sources
+    if not sum(counts):
+        raise DataError(
+            f"{len(sources)} held-out rows train no token, so there is no loss to measure; "
+            "`pennyweight preview` shows which tokens are trained"
+        )
+    for source, loss in zip(sources, losses, strict=True):
+        if not math.isfinite(loss):
+            raise DivergedError(f"{source}: the loss of this held-out row is {loss}")
+    return LossReport(
+        math.fsum(losses), sum(counts), correct, tuple(sources), tuple(losses), tuple(counts)
+    )
+
+
+def _document_losses(base: BaseModel, batch: Batch) -> tuple[int, list[float], list[int]]:
+    """Of one batch: tokens predicted right; of each document its summed loss and its count."""
+    with base.route.over(batch.boundaries, batch.adapters):
+        hidden = base.hidden(batch.ids, batch.positions)
+    predictors, wanted = targets(batch.ids, batch.trained, batch.boundaries)
+    ends = torch.tensor(batch.boundaries[1:], device=hidden.device)
+    document = torch.bucketize(predictors, ends, right=True)
+    documents = len(batch.adapters)
+    losses = torch.zeros(documents, dtype=torch.float64)
+    correct = 0
+    rows = max(1, MOST_LOGITS // base.vocab_size)
+    chunks = zip(*(torch.split(each, rows) for each in (predictors, wanted, document)), strict=True)
+    for positions, chosen, belongs in chunks:
+        # The head may read adapters too: its rows are these predictors, document by document.
+        per_document = torch.bincount(belongs, minlength=documents).cumsum(0).tolist()
+        with base.route.over((0, *per_document), batch.adapters):
+            logits = base.logits(hidden[positions])
+        nats = F.cross_entropy(logits, chosen, reduction="none").double()
+        losses.index_add_(0, belongs.cpu(), nats.cpu())
+        correct += int((logits.argmax(-1) == chosen).sum())
+    return correct, losses.tolist(), torch.bincount(document, minlength=documents).tolist()
+
+
+def paired(before: LossReport, after: LossReport) -> Difference:
+    """Difference in loss, nats per trained token; below 0 is better."""
+    if (before.sources, before.document_counts) != (after.sources, after.document_counts):
+        raise DataError(
+            "the two losses were measured on different rows or tokens; evaluate both on the same"
+        )
+    changes = [b - a for a, b in zip(before.document_losses, after.document_losses, strict=True)]
+    mean = math.fsum(changes) / before.count
+    return Difference(mean, bootstrap(changes, before.document_counts), len(changes))
