@@ -1,0 +1,182 @@
+"""Summed cross-entropy of next tokens and the count of trained ones; the only place that shifts targets.
+
+The head and the loss go over the predicting rows in chunks, so full logits never exist. For a
+plain head the gradient, (softmax - one-hot) W, is formed in the same pass as the loss, as in
+Liger Kernel (Hsu et al. 2024, section 3.2); only that gradient is kept for backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from pennyweight.model import Head
+
+__all__ = ["chunk_rows", "summed_cross_entropy", "targets"]
+
+# Bytes of one chunk's float32 logits: within a large cache's reach on a CPU, and long enough
+# to fill a GPU (1,024 rows of a 128k vocabulary).
+_CHUNK_BYTES = {"cpu": 64 << 20}
+_CHUNK_BYTES_DEVICE = 512 << 20
+
+
+def targets(
+    ids: Int64[Tensor, " tokens"], trained: Bool[Tensor, " tokens"], boundaries: Sequence[int]
+) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+    """Rows that predict a trained token of their own document, and the ids they should predict.
+
+    Ids 5 6 7 | 8 9 in two documents (boundaries 0, 3, 5), all trained, give rows 0, 1, 3 and
+    targets 6, 7, 9: the first token of a document has no predictor.
+    """
+    follows = trained[1:].clone()
+    firsts = [start - 1 for start in boundaries[1:-1] if start > 0]
+    if firsts:
+        follows[torch.tensor(firsts, device=follows.device)] = False
+    rows = follows.nonzero()[:, 0]
+    return rows, ids[1:][rows]
+
+
+def summed_cross_entropy(
+    hidden: Float[Tensor, "tokens d"],
+    ids: Int64[Tensor, " tokens"],
+    trained: Bool[Tensor, " tokens"],
+    boundaries: Sequence[int],
+    head: Head,
+    *,
+    chunk_tokens: int | None = None,
+) -> tuple[Float[Tensor, ""], int]:
+    """Sum of -log p(next token), in nats and float32, over the trained tokens, and their count.
+
+    Products run in the type of `hidden`, softmax in float32. `chunk_tokens` rows are taken at a
+    time; None: as many as `chunk_rows` says. Without gradients no gradient work is done.
+    """
+    rows, wanted = targets(ids, trained, boundaries)
+    chunk = chunk_tokens or chunk_rows(head.weight.shape[0], hidden.device)
+    if type(head.module) is not nn.Linear or head.module.weight is not head.weight:
+        return _through_module(hidden, rows, wanted, head, chunk), len(rows)
+    total = _PlainHead.apply(
+        hidden, head.weight, head.bias, rows, wanted, head.softcap, head.scale, chunk,
+        torch.is_grad_enabled() and hidden.requires_grad,
+        torch.is_grad_enabled() and head.trainable,
+    )  # fmt: skip
+    return total, len(rows)
+
+
+def chunk_rows(vocab: int, device: torch.device) -> int:
+    """Rows whose float32 logits fit the device's chunk, at least 16."""
+    return max(16, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_DEVICE) // (4 * vocab))
+
+
+class _PlainHead(torch.autograd.Function):
+    """The summed loss of a plain linear head, its gradients formed chunk by chunk with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor,
+        wanted: Tensor,
+        softcap: float | None,
+        scale: float,
+        chunk: int,
+        hidden_grad: bool,
+        weight_grad: bool,
+    ) -> Tensor:
+        # One cast for all chunks where weights are float32 masters and products are not.
+        W = weight.detach().to(hidden.dtype)
+        losses = torch.empty(len(rows), device=hidden.device)
+        grad_rows = hidden.new_empty(len(rows), hidden.shape[1]) if hidden_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32)
+            if weight_grad and bias is not None and bias.requires_grad
+            else None
+        )
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            h = hidden[rows[part]]
+            logits, slope = _logits(h @ W.T, bias, softcap, scale)
+            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
+            losses[part] = (log_sum - logits.gather(1, wanted[part, None]))[:, 0]
+            if not (hidden_grad or weight_grad):
+                continue
+            error = logits.sub_(log_sum).exp_()
+            error.scatter_add_(1, wanted[part, None], error.new_full((len(h), 1), -1.0))
+            if slope is not None:
+                error.mul_(slope)
+            if grad_bias is not None:
+                grad_bias += error.sum(0) * scale if scale != 1.0 else error.sum(0)
+            if scale != 1.0:
+                error.mul_(scale)
+            error = error.to(h.dtype)
+            if grad_rows is not None:
+                torch.mm(error, W, out=grad_rows[part])
+            if grad_weight is not None:
+                _add_product(grad_weight, error.T, h)
+        ctx.tokens = hidden.shape[0]
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(rows, grad_rows, grad_weight, grad_bias)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, grad_rows, grad_weight, grad_bias = ctx.saved_tensors
+        to_hidden = None
+        if grad_rows is not None:
+            to_hidden = grad_rows.new_zeros(ctx.tokens, grad_rows.shape[1])
+            to_hidden.index_copy_(0, rows, grad_rows * grad.to(grad_rows.dtype))
+        to_weight = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
+        to_bias = None if grad_bias is None else (grad_bias * grad).to(ctx.bias_dtype)
+        return to_hidden, to_weight, to_bias, None, None, None, None, None, None, None
+
+
+def _logits(
+    product: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Float32 logits, and with a softcap the derivative of capped logits, 1 - tanh^2."""
+    logits = product.float()
+    if bias is not None:
+        logits = logits + bias.float()
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is None:
+        return logits, None
+    bounded = torch.tanh(logits / softcap)
+    return bounded * softcap, 1 - bounded**2
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in float32 whatever the factors' type."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _through_module(hidden: Tensor, rows: Tensor, wanted: Tensor, head: Head, chunk: int) -> Tensor:
+    """The same sum for a head with something around its weight; each chunk is computed again in backward."""
+
+    def piece(h: Tensor, ids: Tensor) -> Tensor:
+        logits, _ = _logits(head.module(h), None, head.softcap, head.scale)
+        return nn.functional.cross_entropy(logits, ids, reduction="sum")
+
+    total = hidden[rows[:0]].sum(dtype=torch.float32)  # 0, and a gradient of zeros
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        h = hidden[rows[part]]
+        if torch.is_grad_enabled():
+            total = total + checkpoint(
+                piece, h, wanted[part], use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            total = total + piece(h, wanted[part])
+    return total

@@ -1,0 +1,42 @@
+"""Training as a loop that yields steps, checkpoints written whole or not at all, and memory policy."""
+
+from pennyweight.train.checkpoint import (
+    CheckpointState,
+    load_latest,
+    random_tensors,
+    require_same,
+    restore_random,
+    retire,
+    save,
+    tidy,
+)
+from pennyweight.train.lock import RunLock
+from pennyweight.train.loop import StopRequest, planned_steps, train
+from pennyweight.train.memory import (
+    disable_checkpointing,
+    enable_checkpointing,
+    peak_memory_bytes,
+    saved_bytes,
+)
+from pennyweight.train.trainee import Step, Trainee
+
+__all__ = [
+    "CheckpointState",
+    "RunLock",
+    "Step",
+    "StopRequest",
+    "Trainee",
+    "disable_checkpointing",
+    "enable_checkpointing",
+    "load_latest",
+    "peak_memory_bytes",
+    "planned_steps",
+    "random_tensors",
+    "require_same",
+    "restore_random",
+    "retire",
+    "save",
+    "saved_bytes",
+    "tidy",
+    "train",
+]

@@ -1,0 +1,93 @@
+"""The loop: a generator that yields optimizer steps, and what asks it to end early."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, Self
+
+from pennyweight.data.batch import Batch
+from pennyweight.errors import Aborted
+from pennyweight.train.trainee import Step, Trainee
+
+__all__ = ["Step", "StopRequest", "planned_steps", "train"]
+
+
+def planned_steps(
+    batches: Callable[[int], Sequence[Any]], *, epochs: float, accumulation: int
+) -> int:
+    """Optimizer steps in so many passes; each epoch ends with a step of its own, however short.
+
+    Five micro-batches an epoch, accumulation 2, 1.5 epochs: 3 + 2 steps.
+    """
+    whole = int(epochs)
+    steps = sum(math.ceil(len(batches(epoch)) / accumulation) for epoch in range(whole))
+    if epochs > whole:
+        last = math.ceil(len(batches(whole)) / accumulation)
+        steps += math.ceil(round((epochs - whole) * last, 9))
+    return max(1, steps)
+
+
+def train(
+    trainee: Trainee,
+    batches: Callable[[int], Sequence[Sequence[int]]],
+    collate: Callable[[Sequence[int]], Batch],
+    *,
+    total_steps: int,
+    accumulation: int = 1,
+    stop: Callable[[], object] = lambda: None,
+) -> Iterator[Step]:
+    """Yield optimizer steps from where the trainee stands up to `total_steps`.
+
+    `batches(epoch)` gives the micro-batches of an epoch as indices, a pure function; `collate` makes
+    one of them a Batch. Ends early, between two steps, once `stop()` is true.
+    """
+    epoch, indices = -1, list[Sequence[int]]()
+    while trainee.step < total_steps and not stop():
+        if epoch != trainee.epoch:
+            epoch, indices = trainee.epoch, list(batches(trainee.epoch))
+            assert indices, "an epoch holds at least one micro-batch"
+        window = indices[trainee.micro_batch : trainee.micro_batch + accumulation]
+        for micro_batch in window:
+            trainee.forward_backward(collate(micro_batch))
+        passes = trainee.advance(len(window), of=len(indices))
+        yield trainee.optim_step(epoch=passes)
+
+
+class StopRequest:
+    """Listens for Ctrl-C and SIGTERM while it is open: the first asks, the second is Aborted.
+
+    `with StopRequest() as stop: train(..., stop=stop)`; `stop()` is the signal's name, or None.
+    Signals reach the main thread only; elsewhere it listens to nothing, and `ask` does the asking.
+    """
+
+    def __init__(self) -> None:
+        self._asked: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> str | None:
+        return self._asked
+
+    def ask(self, why: str) -> None:
+        self._asked = why
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before or signal.SIG_DFL)
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._asked is not None:
+            raise Aborted(
+                f"{name} came after {self._asked}: stopped at once, nothing more is saved"
+            )
+        self._asked = name

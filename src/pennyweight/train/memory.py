@@ -1,0 +1,146 @@
+"""What training keeps in memory: recomputed layers, micro-batches in parts, and what was measured.
+
+Recomputation is Chen et al. 2016, one checkpoint a decoder layer: layer inputs are kept, all
+else inside a layer is computed again in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pennyweight.data.batch import Batch
+from pennyweight.model import BaseModel
+
+__all__ = [
+    "disable_checkpointing",
+    "enable_checkpointing",
+    "is_out_of_memory",
+    "parts",
+    "peak_memory_bytes",
+    "release_cached",
+    "saved_bytes",
+]
+
+
+def enable_checkpointing(base: BaseModel) -> None:
+    """Compute each decoder layer again in backward in place of keeping its inside.
+
+    Only the layers' own training flag is raised, which is what transformers asks before it
+    recomputes; what is inside them stays in evaluation mode. The route, dropout seed included, is
+    read again, so backward belongs inside `route.over(...)`.
+    """
+    module = base.module
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    # The name since transformers 5.20 or so; the older one warns there.
+    if hasattr(module, "activation_checkpointing_enable"):
+        module.activation_checkpointing_enable(options)
+    else:
+        module.gradient_checkpointing_enable(options)
+    # Needed by the reentrant kind alone; here it would compute gradients nobody reads.
+    module.disable_input_require_grads()
+    for layer in module.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = True
+
+
+def disable_checkpointing(base: BaseModel) -> None:
+    """Undo `enable_checkpointing`."""
+    module = base.module
+    if hasattr(module, "activation_checkpointing_disable"):
+        module.activation_checkpointing_disable()
+    else:
+        module.gradient_checkpointing_disable()
+    module.eval()
+
+
+def parts(batch: Batch, limit_tokens: int | None) -> list[Batch]:
+    """The batch as runs of whole documents of at most `limit_tokens`; a longer document stands alone.
+
+    Documents of 3, 3, 5 tokens under a limit of 6 give two parts: 3 + 3, and 5.
+    """
+    if limit_tokens is None or batch.tokens <= limit_tokens:
+        return [batch]
+    cuts = [0]
+    for document in range(len(batch.sources)):
+        long = batch.boundaries[document + 1] - batch.boundaries[cuts[-1]] > limit_tokens
+        if long and document > cuts[-1]:
+            cuts.append(document)
+    cuts.append(len(batch.sources))
+    return [_documents(batch, a, b) for a, b in pairwise(cuts)]
+
+
+def _documents(batch: Batch, first: int, last: int) -> Batch:
+    """Documents first..last-1 as a batch of their own."""
+    start, stop = batch.boundaries[first], batch.boundaries[last]
+    return Batch(
+        ids=batch.ids[start:stop],
+        trained=batch.trained[start:stop],
+        positions=batch.positions[start:stop],
+        boundaries=tuple(offset - start for offset in batch.boundaries[first : last + 1]),
+        adapters=batch.adapters[first:last],
+        sources=batch.sources[first:last],
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on any device: torch has no single type for it on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def release_cached(device: torch.device) -> None:
+    """Give back what the device's allocator holds but nobody uses."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """High-water mark so far: of the device's allocations on CUDA, else of the process's resident
+    memory; None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage's mark survives exec, so it may be a parent's
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if Path("/System/Library").is_dir() else peak * 1024
+
+
+def saved_bytes(run: Callable[[], Any], *, besides: Iterable[Tensor] = ()) -> int:
+    """Bytes autograd keeps for backward while `run` computes, each storage once.
+
+    Storages of `besides` (weights, that live anyway) are not counted.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    kept: dict[int, int] = {}
+    alive: list[Sequence[Tensor] | Tensor] = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive.append(run())
+    return sum(kept.values())

@@ -1,0 +1,277 @@
+"""The engine's contract for one adapter: `forward_backward` as often as wanted, then `optim_step`.
+
+Gradients of the summed loss accumulate over micro-batches and are divided once by the count of
+trained tokens in the whole optimizer step; never a mean of means.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.data.batch import Batch
+from pennyweight.errors import DiskError, DivergedError, MemoryExhausted
+from pennyweight.lora.layer import stable_seed
+from pennyweight.loss import summed_cross_entropy
+from pennyweight.model import BaseModel
+from pennyweight.optim import load_state_tensors, set_learning_rate, state_tensors
+from pennyweight.train.memory import is_out_of_memory, parts, release_cached
+
+__all__ = ["Step", "Trainee"]
+
+_MOST_SKIPPED_IN_A_ROW = 3
+_SOURCES_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step. `loss` is in nats per trained token, `grad_norm` that of the mean
+    loss before clipping, `epoch` the passes over the data made so far, `seconds` the time it took.
+
+    A skipped step left the weights and the optimizer as they were; `notices` say why, and
+    whatever else happened that nobody asked for.
+    """
+
+    number: int
+    loss: float
+    trained_tokens: int
+    tokens: int
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    epoch: float
+    skipped: bool = False
+    notices: tuple[str, ...] = ()
+
+
+class Trainee:
+    """What learns: named parameters, their optimizer, schedule, clip norm, seed and counters.
+
+    One adapter on a resident base, or the base's own weights. It reads and writes nothing of any
+    other trainee. `learning_rate_at(step)` is asked with the count of steps taken.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        learning_rate_at: Callable[[int], float],
+        max_grad_norm: float | None = 1.0,
+        seed: int = 0,
+        most_skipped: int = _MOST_SKIPPED_IN_A_ROW,
+    ) -> None:
+        self.base, self.parameters, self.optimizer = base, dict(parameters), optimizer
+        self.learning_rate_at, self.max_grad_norm = learning_rate_at, max_grad_norm
+        self.seed, self.most_skipped = seed, most_skipped
+        self.step = 0
+        self.epoch = 0
+        self.micro_batch = 0
+        self.micro_batches_seen = 0
+        self.trained_tokens_seen = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.limit_tokens: int | None = None
+        self._window: list[Batch] = []
+        self._sums: list[tuple[Tensor, int]] = []
+        self._notices: list[str] = []
+        self._began = 0.0
+
+    def forward_backward(self, batch: Batch) -> tuple[Tensor, int]:
+        """Add the batch's gradient of the summed loss; gives that sum and its count.
+
+        Where memory does not do, the whole window since the last `optim_step` is computed again in
+        smaller parts, so what accumulates is the same. MemoryExhausted: one document is too long.
+        """
+        if not self._window:
+            self._began = time.perf_counter()
+        self._window.append(batch)
+        waiting = [len(self._window) - 1]
+        while (failed := self._accumulate(waiting)) is not None:
+            self._drop_gradients()
+            release_cached(self.base.device)
+            self._halve(failed)
+            waiting = list(range(len(self._window)))
+        return self._sums[-1]
+
+    def advance(self, micro_batches: int, *, of: int) -> float:
+        """Move on in an epoch of `of` micro-batches; gives the passes over the data made so far."""
+        self.micro_batch += micro_batches
+        if self.micro_batch >= of:
+            self.epoch, self.micro_batch = self.epoch + 1, 0
+        return self.epoch + self.micro_batch / of
+
+    def optim_step(self, *, epoch: float = 0.0) -> Step:
+        """Divide by the trained tokens, check, clip, step; what accumulated is used up.
+
+        A loss or gradient that is not finite never reaches the optimizer: the step is skipped, and
+        DivergedError names its rows when that happens too often in a row.
+        """
+        assert self._window, "forward_backward comes first"
+        count = sum(n for _, n in self._sums)
+        losses = torch.stack([total for total, _ in self._sums]).tolist()
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        summed_norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        rate = self.learning_rate_at(self.step)
+        self.step += 1
+        self.micro_batches_seen += len(self._window)
+        finite = math.isfinite(sum(losses)) and math.isfinite(summed_norm)
+        if not finite:
+            self._skip(losses, summed_norm)
+        elif count == 0:
+            self._notices.append(f"step {self.step}: no token of it is trained; nothing changed")
+        else:
+            self.skipped_in_a_row = 0
+            self.trained_tokens_seen += count
+            self._apply(gradients, count, summed_norm, rate)
+        step = Step(
+            number=self.step,
+            loss=sum(losses) / max(1, count),
+            trained_tokens=count,
+            tokens=sum(batch.tokens for batch in self._window),
+            learning_rate=rate,
+            grad_norm=summed_norm / max(1, count),
+            seconds=time.perf_counter() - self._began,
+            epoch=epoch,
+            skipped=not finite or count == 0,
+            notices=tuple(self._notices),
+        )
+        self._drop_gradients()
+        self._window, self._notices = [], []
+        return step
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and optimizer state by name, as a checkpoint holds them."""
+        masters = {f"parameter/{name}": p.detach() for name, p in self.parameters.items()}
+        state = state_tensors(self.optimizer)
+        return masters | {f"optimizer/{name}": value for name, value in state.items()}
+
+    def progress(self) -> dict[str, Any]:
+        """Counters and position, as a checkpoint holds them. Only between optimizer steps."""
+        assert not self._window, "a checkpoint stands between optimizer steps"
+        return {name: getattr(self, name) for name in _PROGRESS}
+
+    def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """Take up what `tensors` and `progress` gave; other entries are left alone.
+
+        DiskError names what is missing or has another shape; then nothing has changed.
+        """
+        masters = {f"parameter/{name}": p for name, p in self.parameters.items()}
+        faults = [f"checkpoint: {name} is missing" for name in masters if name not in tensors]
+        faults += [f"checkpoint: {name} is missing" for name in _PROGRESS if name not in progress]
+        faults += [
+            f"checkpoint: {name} is {list(tensors[name].shape)}, this run has {list(p.shape)}"
+            for name, p in masters.items()
+            if name in tensors and tensors[name].shape != p.shape
+        ]
+        faults += [
+            f"checkpoint: {name} is unknown to this run"
+            for name in tensors
+            if name.startswith("parameter/") and name not in masters
+        ]
+        if faults:
+            raise DiskError.all(faults)
+        state = {n.removeprefix("optimizer/"): t for n, t in tensors.items() if "optimizer/" in n}
+        load_state_tensors(self.optimizer, state)
+        with torch.no_grad():
+            for name, parameter in masters.items():
+                parameter.copy_(tensors[name])
+        for name in _PROGRESS:
+            setattr(self, name, progress[name])
+
+    def _accumulate(self, waiting: Sequence[int]) -> Batch | None:
+        """Run the window's micro-batches at these places; gives the part memory did not suffice for."""
+        for place in waiting:
+            total, count = torch.zeros((), device=self.base.device), 0
+            for number, part in enumerate(parts(self._window[place], self.limit_tokens)):
+                seed = stable_seed(self.seed, "dropout", self.step, place, number)
+                try:
+                    part_total, part_count = _forward_backward(self.base, part, seed)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    return part
+                total, count = total + part_total, count + part_count
+            self._sums.append((total, count))
+        return None
+
+    def _halve(self, failed: Batch) -> None:
+        if len(failed.sources) == 1:
+            raise MemoryExhausted(
+                f"{failed.sources[0]}: one row of {failed.tokens:,} tokens does not fit in memory; "
+                "lower data.max_length, set train.gradient_checkpointing to true, or take a "
+                "smaller base or quantization"
+            )
+        self.limit_tokens = failed.tokens // 2
+        self._notices.append(
+            f"step {self.step + 1}: out of memory with {failed.tokens:,} tokens at once; "
+            f"micro-batches go in parts of at most {self.limit_tokens:,} tokens from here on, "
+            "accumulated to the same optimizer step"
+        )
+
+    def _apply(self, gradients: list[Tensor], count: int, summed_norm: float, rate: float) -> None:
+        norm = summed_norm / count
+        clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
+        torch._foreach_mul_(gradients, clip / count)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+
+    def _skip(self, losses: list[float], summed_norm: float) -> None:
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        guilty = [
+            b for b, loss in zip(self._window, losses, strict=True) if not math.isfinite(loss)
+        ]
+        found = "loss" if guilty else "gradient"
+        sources = [source for batch in guilty or self._window for source in batch.sources]
+        named = ", ".join(sources[:_SOURCES_NAMED])
+        if len(sources) > _SOURCES_NAMED:
+            named += f" and {len(sources) - _SOURCES_NAMED} more"
+        fault = f"step {self.step}: the {found} is not finite; rows {named}"
+        if self.skipped_in_a_row > self.most_skipped:
+            self._drop_gradients()
+            self._window = []
+            raise DivergedError(
+                f"{fault}; {self.skipped_in_a_row} steps in a row, so training stops. The weights "
+                f"are finite, as after step {self.step - self.skipped_in_a_row}; "
+                "look at these rows, or lower train.learning_rate"
+            )
+        self._notices.append(f"{fault}; the step is skipped, the weights are as before")
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self._sums = []
+
+
+_PROGRESS = (
+    "step",
+    "epoch",
+    "micro_batch",
+    "micro_batches_seen",
+    "trained_tokens_seen",
+    "skipped_steps",
+    "skipped_in_a_row",
+    "limit_tokens",
+)
+
+
+def _forward_backward(base: BaseModel, batch: Batch, seed: int) -> tuple[Tensor, int]:
+    """Gradients of the summed loss are added to the parameters; gives the sum and its count."""
+    if not batch.trained_tokens:
+        return torch.zeros((), device=base.device), 0
+    batch = batch.to(base.device)
+    with base.route.over(batch.boundaries, batch.adapters, dropout_seed=seed):
+        hidden = base.hidden(batch.ids, batch.positions).to(base.dtype)
+        total, count = summed_cross_entropy(
+            hidden, batch.ids, batch.trained, batch.boundaries, base.head
+        )
+        total.backward()  # inside, since recomputation reads the route
+    return total.detach(), count
