@@ -1,3 +1,215 @@
-from pennyweight.data.conversation import Conversation, Dropped, Example, Message
+"""Messages to token ids and the trained mask, born together; one rendering for training and serving.
 
-__all__ = ["Conversation", "Dropped", "Example", "Message"]
+Every trained answer is rendered after the very prompt the server would send for it: the chat
+template is applied to the growing conversation, and the answer is what it adds. Law 5: the ids
+before an answer are `prompt(messages before it)`, and the answer ends with a trained stop token.
+Where a template rewrites earlier turns (reasoning models strip their thoughts from history), or a
+prompt's last characters merge with the answer's first, one conversation becomes one example for
+each trained turn, so that the law still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from pennyweight.data.codec import Codec
+from pennyweight.data.conversation import Conversation, Dropped, Example, Message
+from pennyweight.data.formats import chat_messages
+from pennyweight.data.surface import Surface, TurnRefused, surfaces
+from pennyweight.data.turns import Piece, pieces
+from pennyweight.errors import DataError
+
+__all__ = ["Conversation", "Dropped", "Example", "Message", "Renderer"]
+
+
+class Renderer:
+    """Renders conversations for one tokenizer, template and policy.
+
+    `template`: `auto`, `plain`, `turns`, `chatml` or a Jinja file. `stop_id`: the token that ends a
+    document where the template names none; default the tokenizer's EOS.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        template: str = "auto",
+        train_on: Literal["assistant", "last", "all"] = "assistant",
+        max_length: int = 1024,
+        overlong: Literal["cut", "drop"] = "cut",
+        prompt_suffix: str = "",
+        system: str | None = None,
+        stop_id: int | None = None,
+    ) -> None:
+        self.train_on, self.max_length, self.overlong = train_on, max_length, overlong
+        self._system = system
+        self._codec = Codec(tokenizer)
+        self._surfaces = surfaces(
+            tokenizer, self._codec, template=template, prompt_suffix=prompt_suffix, stop_id=stop_id
+        )
+
+    @property
+    def template(self) -> str:
+        """What chat is rendered with: `tokenizer`, `plain`, `turns`, `chatml` or the file's name."""
+        return self._surfaces["chat"].name
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids on which generation must stop."""
+        return tuple(sorted({i for s in self._surfaces.values() for i in s.stop_ids}))
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the rendering; plain JSON."""
+        chat = self._surfaces["chat"]
+        return {
+            "template": chat.name,
+            "prompt_template": self._surfaces["prompt"].name,
+            "train_on": self.train_on,
+            "max_length": self.max_length,
+            "overlong": self.overlong,
+            "bos_id": self._codec.bos_id if chat.adds_bos else None,
+            "stop_ids": list(self.stop_ids),
+            "stop_text": chat.stop_text,
+            "notes": list(chat.notes),
+        }
+
+    def identity(self) -> str:
+        """All of the rendering that shapes ids and is not the tokenizer, as text to hash."""
+        parts = [f"{kind}:{s.identity}" for kind, s in sorted(self._surfaces.items())]
+        policy = f"{self.train_on} {self.max_length} {self.overlong} {self._system!r}"
+        return "\n".join([*parts, policy])
+
+    def prompt(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        kind: Literal["chat", "prompt"] = "chat",
+    ) -> list[int]:
+        """The ids to generate an answer from: what training saw before an answer to these messages."""
+        parsed = self._with_system(chat_messages(messages, where="messages"))
+        surface = self._surfaces[kind]
+        try:
+            text = surface.text(parsed, tools, generation=True)
+        except TurnRefused as refused:
+            raise DataError(str(refused)) from refused
+        return self._with_bos(surface, self._codec.ids(text))
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of generated ids."""
+        return self._codec.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def render(self, conversation: Conversation) -> tuple[Example, ...] | Dropped:
+        """One example in most cases; one for each trained turn where the turns cannot share one."""
+        return self.render_many([conversation])[0]
+
+    def render_many(
+        self, conversations: Sequence[Conversation]
+    ) -> list[tuple[Example, ...] | Dropped]:
+        """The same for many, tokenized together; far faster."""
+        cut: list[list[Piece] | Dropped] = [self._pieces(c) for c in conversations]
+        texts = [p.text for row in cut if not isinstance(row, Dropped) for p in row]
+        encodings = iter(self._codec.encode_batch(texts))
+        rendered: list[tuple[Example, ...] | Dropped] = []
+        for conversation, row in zip(conversations, cut, strict=True):
+            if isinstance(row, Dropped):
+                rendered.append(row)
+                continue
+            examples = [self._examples(piece, next(encodings)) for piece in row]
+            rendered.append(self._kept(conversation.source, [e for es in examples for e in es]))
+        return rendered
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        has_one = any(message.role in {"system", "developer", "text"} for message in messages)
+        if self._system is None or has_one:
+            return messages
+        return (Message("system", self._system), *messages)
+
+    def _with_bos(self, surface: Surface, ids: list[int]) -> list[int]:
+        """Exactly one BOS: added where the tokenizer would and the template has not."""
+        if surface.adds_bos and ids[:1] != [self._codec.bos_id]:
+            assert self._codec.bos_id is not None
+            return [self._codec.bos_id, *ids]
+        return ids
+
+    def _pieces(self, conversation: Conversation) -> list[Piece] | Dropped:
+        messages = self._with_system(conversation.messages)
+        surface = self._surfaces[conversation.kind]
+        try:
+            return pieces(surface, messages, conversation.tools, train_on=self.train_on)
+        except TurnRefused as refused:
+            return Dropped(conversation.source, str(refused))
+
+    def _examples(self, piece: Piece, encoding: Any) -> list[_Tokens]:
+        ids = encoding.ids
+        trained = np.zeros(len(ids), dtype=bool)
+        if piece.everything:
+            trained[:] = True
+        for turn in piece.turns:
+            after_prompt = self._codec.seam(encoding, ids, piece.text, turn.prompt_chars)
+            stop = encoding.char_to_token(turn.end_chars - 1)
+            closed = stop is not None and (
+                piece.append_stop is not None or ids[stop] in piece.surface.stop_ids
+            )
+            if after_prompt is None or not closed:
+                return [self._apart(p) for p in piece.apart()]
+            trained[after_prompt : stop + 1] = True
+        return [self._finished(piece, ids, trained)]
+
+    def _apart(self, piece: Piece) -> _Tokens:
+        """Prompt and answer tokenized one after the other, as generation will meet them."""
+        (turn,) = piece.turns
+        prompt = self._codec.ids(piece.text[: turn.prompt_chars])
+        answer = self._codec.continuation(piece.text[turn.prompt_chars : turn.end_chars])
+        if answer is None:
+            return _Tokens([], np.zeros(0, dtype=bool), stopped=False)
+        trained = np.arange(len(prompt) + len(answer)) >= len(prompt)
+        return self._finished(piece, prompt + answer, trained)
+
+    def _finished(self, piece: Piece, ids: list[int], trained: np.ndarray) -> _Tokens:
+        if piece.append_stop is not None:
+            ids, trained = [*ids, piece.append_stop], np.append(trained, True)
+        with_bos = self._with_bos(piece.surface, ids)
+        if len(with_bos) > len(ids):
+            trained = np.insert(trained, 0, False)
+        if len(trained):
+            trained[0] = False
+        targets = np.flatnonzero(trained)
+        stopped = len(targets) > 0 and with_bos[targets[-1]] in piece.surface.stop_ids
+        return _Tokens(with_bos, trained, stopped)
+
+    def _kept(self, source: str, rows: list[_Tokens]) -> tuple[Example, ...] | Dropped:
+        examples = []
+        reason = "no assistant turn is trained"
+        for number, row in enumerate(rows):
+            length = len(row.ids)
+            if not row.ids:
+                reason = "the answer's first characters merge with every text before them"
+            elif not row.stopped:
+                reason = "no stop token after the answer"
+            elif length > self.max_length and self.overlong == "drop":
+                reason = f"{length} tokens, over data.max_length {self.max_length}"
+            elif not row.trained[: self.max_length].any():
+                reason = f"no trained token in the first {self.max_length} of {length}"
+            else:
+                examples.append(
+                    Example(
+                        ids=np.array(row.ids[: self.max_length], dtype=np.int32),
+                        trained=row.trained[: self.max_length].copy(),
+                        source=source if len(rows) == 1 else f"{source}#{number + 1}",
+                        length_before_cut=length,
+                    )
+                )
+        return tuple(examples) if examples else Dropped(source, reason)
+
+
+class _Tokens:
+    """Ids and mask before the cut; `stopped` where the last trained token is a stop token."""
+
+    __slots__ = ("ids", "stopped", "trained")
+
+    def __init__(self, ids: list[int], trained: np.ndarray, stopped: bool) -> None:
+        self.ids, self.trained, self.stopped = ids, trained, stopped

@@ -1,0 +1,374 @@
+"""Raw rows to conversations: one small reader for each format people publish.
+
+A reader takes one row and gives its conversation, or raises RowRefused with
+`field: what was found, the mend`. Formats: `chat` (OpenAI), `alpaca`, `sharegpt`, `openassistant`,
+`prompt_completion`, `text`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pennyweight.data.conversation import Conversation, Message
+from pennyweight.data.read import nearest
+from pennyweight.errors import DataError
+
+__all__ = ["FORMATS", "RowRefused", "as_conversation", "chat_messages", "detect", "renamed"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "assistant": "assistant", "model": "assistant", "bot": "assistant", "bing": "assistant",
+    "bard": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+    "function_response": "tool", "function_call": "assistant",
+}  # fmt: skip
+# Pairs of columns that mean prompt and completion, the project's own names first.
+_PAIRS = (
+    ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
+    ("instruction", "response"), ("input", "output"),
+)  # fmt: skip
+_ALPACA_EMPTY = {"", "<noinput>", "noinput"}
+
+
+class RowRefused(ValueError):
+    """One row that cannot be read; the message is `field: what, mend`."""
+
+
+def detect(row: Any) -> str:
+    """The format of a row by its keys; RowRefused where none fits."""
+    if isinstance(row, str):
+        return "text"
+    if not isinstance(row, Mapping):
+        raise RowRefused(f"a {_type(row)}, not an object with named fields")
+    _refuse_preferences(row)
+    keys = set(row)
+    if "messages" in keys:
+        return "chat"
+    if "conversations" in keys or "conversation" in keys:
+        return "sharegpt"
+    if "message_tree_id" in keys or {"message_id", "parent_id", "role"} <= keys:
+        return "openassistant"
+    if {"instruction", "output"} <= keys:
+        return "alpaca"
+    if _pair(row):
+        return "prompt_completion"
+    if "text" in keys and not keys & {"label", "category", "intent"}:
+        return "text"
+    names = ", ".join(map(str, list(row)[:12]))
+    raise RowRefused(
+        f"no known format has the fields {names}; name yours, for instance "
+        "data.columns: {prompt: YOUR_QUESTION, completion: YOUR_ANSWER}"
+    )
+
+
+def renamed(row: Any, columns: Mapping[str, str]) -> Any:
+    """The row with the person's columns under the format's names."""
+    if not columns or not isinstance(row, Mapping):
+        return row
+    for own, theirs in columns.items():
+        if theirs not in row:
+            near = nearest(theirs, [str(k) for k in row])
+            raise RowRefused(
+                f"columns.{own}: no field {theirs!r}{near or '; it has ' + ', '.join(map(str, row))}"
+            )
+    kept = {k: v for k, v in row.items() if k not in columns.values() and k not in columns}
+    return {**kept, **{own: row[theirs] for own, theirs in columns.items()}}
+
+
+def as_conversation(row: Any, source: str, format: str) -> Conversation:
+    """One row in a named format; RowRefused says what is wrong with it."""
+    if isinstance(row, str) and format == "text":
+        row = {"text": row}
+    if not isinstance(row, Mapping):
+        raise RowRefused(f"a {_type(row)}, not an object with named fields")
+    _refuse_preferences(row)
+    return FORMATS[format](row, source)
+
+
+def chat_messages(
+    rows: Sequence[Message | Mapping[str, Any]], *, where: str = "messages"
+) -> tuple[Message, ...]:
+    """Messages as the OpenAI API writes them; DataError names the field of the first fault."""
+    try:
+        return _messages(rows, where)
+    except RowRefused as refused:
+        raise DataError(str(refused)) from refused
+
+
+def _chat(row: Mapping[str, Any], source: str) -> Conversation:
+    rows = _field(row, "messages", list)
+    return Conversation(_messages(rows, "messages"), source, "chat", _tools(row))
+
+
+def _messages(rows: Any, where: str) -> tuple[Message, ...]:
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+        raise RowRefused(f"{where}: {_found(rows)}; expected a list of messages")
+    return tuple(
+        m if isinstance(m, Message) else _message(m, f"{where}[{i}]") for i, m in enumerate(rows)
+    )
+
+
+def _message(row: Any, where: str) -> Message:
+    if not isinstance(row, Mapping):
+        raise RowRefused(f"{where}: {_found(row)}; expected an object with role and content")
+    if "role" not in row:
+        hint = nearest("role", [str(k) for k in row])
+        raise RowRefused(f"{where}.role: missing{hint or '; add it: user or assistant'}")
+    role = row["role"]
+    if role not in ROLES:
+        hint = nearest(role, ROLES) or f"; expected one of {', '.join(ROLES)}"
+        raise RowRefused(f"{where}.role: {_found(role)}{hint}")
+    content, extra = _content(row, where)
+    for name in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
+        if (value := row.get(name)) is not None:
+            if not isinstance(value, str):
+                raise RowRefused(f"{where}.{name}: {_found(value)}; expected text")
+            extra[name] = value
+    if reasoning := next(
+        (extra[n] for n in ("reasoning_content", "thinking", "reasoning") if n in extra), None
+    ):
+        extra |= {"reasoning_content": reasoning, "thinking": extra.get("thinking", reasoning)}
+    if (calls := row.get("tool_calls")) is not None:
+        extra["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
+    return Message(role, content, _train(row, role, where), extra)
+
+
+def _content(row: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    content = row.get("content")
+    if isinstance(content, str):
+        return content, {}
+    if content is None:
+        if row.get("tool_calls") or row.get("reasoning_content"):
+            return "", {}
+        near = nearest("content", [str(k) for k in row if k != "role"])
+        raise RowRefused(f"{where}.content: missing{near or '; add the text'}")
+    if not isinstance(content, list):
+        raise RowRefused(f"{where}.content: {_found(content)}; expected text or a list of parts")
+    texts, extra = [], {}
+    for i, part in enumerate(content):
+        here = f"{where}.content[{i}]"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        value = part.get("text", part.get("value")) if isinstance(part, Mapping) else part
+        if not isinstance(value, str) or kind not in {None, "text", "reasoning", "tool_call"}:
+            raise RowRefused(f"{here}: {_found(kind or part)}; only text can be trained on here")
+        if kind == "reasoning":
+            extra["reasoning_content"] = value
+        elif kind == "tool_call":
+            extra.setdefault("tool_calls", []).extend(_tool_calls(value, here))
+        else:
+            texts.append(value)
+    return "".join(texts), extra
+
+
+def _train(row: Mapping[str, Any], role: str, where: str) -> bool | None:
+    for name in ("weight", "loss_weight", "train", "training"):
+        value = row.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1) or isinstance(value, str):
+            raise RowRefused(f"{where}.{name}: {_found(value)}; expected 0 or 1")
+        if value and role != "assistant":
+            raise RowRefused(f"{where}.{name}: 1 on a {role} message; only answers are trained")
+        return bool(value)
+    return None
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Calls as chat templates read them: type, function.name, function.arguments as an object."""
+    calls = _from_json(calls, where)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list):
+        raise RowRefused(f"{where}: {_found(calls)}; expected a list of calls")
+    parsed = []
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowRefused(f"{where}[{i}]: {_found(call)}; expected a function with a name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                pass  # left as the text it is; the template prints it so
+        kept = {"name": function["name"], "arguments": arguments}
+        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        parsed.append({**identity, "type": "function", "function": kept})
+    return parsed
+
+
+def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
+    tools = _from_json(row.get("tools"), "tools") if row.get("tools") else None
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowRefused(f"tools: {_found(tools)}; expected a list of JSON schemas")
+    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    return tuple(wrapped) or None
+
+
+def _from_json(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowRefused(f"{where}: text that is not JSON ({error})") from error
+
+
+def _sharegpt(row: Mapping[str, Any], source: str) -> Conversation:
+    name = "conversations" if "conversations" in row else "conversation"
+    turns = _field(row, name, list)
+    messages = []
+    if isinstance(row.get("system"), str) and row["system"]:
+        messages.append(Message("system", row["system"]))
+    for i, turn in enumerate(turns):
+        where = f"{name}[{i}]"
+        if isinstance(turn, Mapping) and "role" in turn and "from" not in turn:
+            messages.append(_message(turn, where))
+            continue
+        if not isinstance(turn, Mapping) or "from" not in turn:
+            raise RowRefused(f"{where}.from: missing; expected human or gpt")
+        if turn["from"] not in _SHAREGPT_ROLES:
+            near = nearest(turn["from"], list(_SHAREGPT_ROLES))
+            raise RowRefused(f"{where}.from: {_found(turn['from'])}{near or '; expected human, gpt'}")
+        role, value = _SHAREGPT_ROLES[turn["from"]], turn.get("value")
+        if not isinstance(value, str):
+            raise RowRefused(f"{where}.value: {_found(value)}; expected text")
+        train = _train(turn, role, where)
+        if turn["from"] == "function_call":
+            calls = _tool_calls(value, f"{where}.value")
+            messages.append(Message(role, "", train, {"tool_calls": calls}))
+        else:
+            messages.append(Message(role, value, train))
+    if not messages:
+        raise RowRefused(f"{name}: an empty list; expected turns")
+    return Conversation(tuple(messages), source, "chat", _tools(row))
+
+
+def _alpaca(row: Mapping[str, Any], source: str) -> Conversation:
+    instruction, output = _field(row, "instruction", str), _field(row, "output", str)
+    given = row.get("input")
+    if given is not None and not isinstance(given, str):
+        raise RowRefused(f"input: {_found(given)}; expected text")
+    has_input = given is not None and given.strip().lower() not in _ALPACA_EMPTY
+    prompt = f"{instruction}\n{given}" if has_input else instruction
+    messages = []
+    if row.get("system"):
+        messages.append(Message("system", _field(row, "system", str)))
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise RowRefused(f"history: {_found(history)}; expected pairs of texts")
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
+            raise RowRefused(f"history[{i}]: {_found(pair)}; expected [question, answer]")
+        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    messages += [Message("user", prompt), Message("assistant", output)]
+    return Conversation(tuple(messages), source, "prompt")
+
+
+def _prompt_completion(row: Mapping[str, Any], source: str) -> Conversation:
+    pair = _pair(row)
+    if pair is None:
+        near = nearest("completion", [str(k) for k in row if k != "prompt"])
+        has = ", ".join(map(str, list(row)[:12]))
+        raise RowRefused(f"completion: no prompt and completion among {has}{near}")
+    prompt, completion = row[pair[0]], row[pair[1]]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        before, after = _messages(prompt, pair[0]), _messages(completion, pair[1])
+        # The prompt of such a row is context, whoever spoke in it.
+        context = tuple(Message(m.role, m.content, False, m.extra) for m in before)
+        return Conversation(context + after, source, "chat", _tools(row))
+    for name, value in zip(pair, (prompt, completion), strict=True):
+        if not isinstance(value, str):
+            raise RowRefused(f"{name}: {_found(value)}; expected text")
+    system = (Message("system", _field(row, "system", str)),) if row.get("system") else ()
+    turns = (*system, Message("user", prompt), Message("assistant", completion))
+    return Conversation(turns, source, "prompt")
+
+
+def _text(row: Mapping[str, Any], source: str) -> Conversation:
+    return Conversation((Message("text", _field(row, "text", str)),), source, "text")
+
+
+def _openassistant(row: Mapping[str, Any], source: str) -> Conversation:
+    """The best-ranked path of a tree: at each message the reply of lowest rank, the first of equals."""
+    node = row.get("prompt", row)
+    messages: list[Message] = []
+    while isinstance(node, Mapping):
+        role = _SHAREGPT_ROLES.get(str(node.get("role")))
+        text = node.get("text")
+        if role is None or not isinstance(text, str):
+            field = "role" if role is None else "text"
+            raise RowRefused(f"{field}: {_found(node.get(field))}; expected a message of a tree")
+        messages.append(Message(role, text))
+        replies = [r for r in node.get("replies") or [] if _is_live(r)]
+        ranked = sorted(replies, key=lambda r: r["rank"] if r.get("rank") is not None else 1e9)
+        node = ranked[0] if ranked else None
+    while messages and messages[-1].role != "assistant":
+        messages.pop()
+    if not messages:
+        raise RowRefused("replies: nobody answers in this tree; leave it out")
+    return Conversation(tuple(messages), source, "chat")
+
+
+def _is_live(reply: Any) -> bool:
+    return (
+        isinstance(reply, Mapping)
+        and not reply.get("deleted")
+        and isinstance(reply.get("rank"), int | float | None)
+    )
+
+
+FORMATS: dict[str, Callable[[Mapping[str, Any], str], Conversation]] = {
+    "chat": _chat,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "openassistant": _openassistant,
+    "prompt_completion": _prompt_completion,
+    "text": _text,
+}
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    return next((pair for pair in _PAIRS if pair[0] in row and pair[1] in row), None)
+
+
+def _refuse_preferences(row: Mapping[str, Any]) -> None:
+    both = next(
+        (c for c in ("chosen", "chosen_messages", "chosen_response") if c in row), None
+    )
+    if both:
+        raise RowRefused(
+            f"{both}: rows of preferences (DPO); Pennyweight trains on one answer a row; keep the "
+            "prompt and the chosen answer as prompt and completion"
+        )
+    if isinstance(row.get("label"), bool) and ("messages" in row or "completion" in row):
+        raise RowRefused(
+            "label: rows of judged answers (KTO); keep those that are true, without the label"
+        )
+
+
+def _field(row: Mapping[str, Any], name: str, kind: type) -> Any:
+    if name not in row:
+        near = nearest(name, [str(k) for k in row])
+        raise RowRefused(f"{name}: missing{near or '; it has ' + ', '.join(map(str, list(row)[:12]))}")
+    if not isinstance(row[name], kind):
+        wanted = "text" if kind is str else "a list"
+        raise RowRefused(f"{name}: {_found(row[name])}; expected {wanted}")
+    return row[name]
+
+
+def _type(value: Any) -> str:
+    names = {type(None): "null", str: "text", list: "list", dict: "object", bool: "true/false"}
+    return names.get(type(value), "number" if isinstance(value, int | float) else "value")
+
+
+def _found(value: Any) -> str:
+    """`"assitant"`, `null`, `a list`: what stands there, short."""
+    if isinstance(value, str):
+        return f'"{value[:40]}"'
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return f"a {_type(value)}"

@@ -1,0 +1,332 @@
+"""How messages look as text: a tokenizer's chat template, or one of three written here.
+
+`plain`: texts and nothing else, each answer ended by the stop token. `turns`: labelled turns made
+of ordinary text, for chat on a tokenizer that knows no chat. `chatml`: the format of that name.
+What a template does with a system message, with content, and after an answer is found by rendering
+small conversations once, when the surface is made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from pennyweight.data.codec import Codec
+from pennyweight.data.conversation import Kind, Message
+from pennyweight.data.sandbox import ChatTemplate, TemplateRefused
+from pennyweight.errors import DataError
+
+__all__ = ["Surface", "TurnRefused", "surfaces"]
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TURNS = (
+    "{% for message in messages %}{{ message.role | capitalize }}:\n{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+_QUESTION, _ANSWER, _SYSTEM = "question 7341", "answer 2896", "system 5178"
+
+
+class TurnRefused(ValueError):
+    """One conversation that this surface cannot print; the message says why."""
+
+
+class Surface(Protocol):
+    """Text of messages. `stop_id` and `stop_text`: what ends an answer, one added token."""
+
+    name: str
+    identity: str
+    adds_bos: bool
+    stop_id: int
+    stop_text: str
+    stop_ids: frozenset[int]
+    prints_stop: bool
+    notes: tuple[str, ...]
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        generation: bool,
+    ) -> str: ...
+
+    def end_of_answer(self, text: str) -> int | None: ...
+
+
+def surfaces(
+    tokenizer: Any, codec: Codec, *, template: str, prompt_suffix: str, stop_id: int | None
+) -> dict[Kind, Surface]:
+    """The surface of each kind of row; text is always plain."""
+    stop = codec.eos_id if stop_id is None else stop_id
+    plain = Plain(codec, prompt_suffix=prompt_suffix, stop_id=stop)
+    if template == "plain":
+        return {"chat": plain, "prompt": plain, "text": plain}
+    own = getattr(tokenizer, "chat_template", None)
+    if template in {"auto", "tokenizer"} and own:
+        named = own if isinstance(own, dict) else {"default": own}
+        chat: Surface = Templated(tokenizer, codec, named, name="tokenizer", stop_id=stop)
+        return {"chat": chat, "prompt": chat, "text": plain}
+    if template == "tokenizer":
+        raise DataError("data.template: the tokenizer has no chat template; set auto or chatml")
+    source = _source(template, codec)
+    chat = Templated(tokenizer, codec, {"default": source}, name=_name(template), stop_id=stop)
+    return {"chat": chat, "prompt": plain if template == "auto" else chat, "text": plain}
+
+
+def _name(template: str) -> str:
+    return "turns" if template == "auto" else template
+
+
+def _source(template: str, codec: Codec) -> str:
+    if template in {"auto", "turns"}:
+        return TURNS
+    if template == "chatml":
+        if len(codec.ids("<|im_end|>")) != 1:
+            raise DataError(
+                "data.template: chatml needs the token <|im_end|>, which this tokenizer does not "
+                "have; set data.template: auto"
+            )
+        return CHATML
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"data.template: {template!r} is not auto, plain, turns or chatml, and cannot be read "
+            f"as a file: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+class _Ending:
+    """What stands after an answer."""
+
+    stop_texts: tuple[str, ...] = ()
+
+    def end_of_answer(self, text: str) -> int | None:
+        """Where the first of the stop tokens that close the text ends; None where none closes it.
+
+        `hello<|end|>\\n<|endoftext|>` ends after `<|end|>`: white space and further stops are what
+        a template prints behind an answer, and nobody generates them.
+        """
+        end, rest = None, text.rstrip()
+        while True:
+            stop = next((s for s in self.stop_texts if rest.endswith(s)), None)
+            if stop is None:
+                return end
+            end = len(rest)
+            rest = rest[: -len(stop)].rstrip()
+
+
+class Plain(_Ending):
+    """BOS, prompt, suffix, completion, stop; nothing else is printed."""
+
+    name = "plain"
+    prints_stop = True
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, codec: Codec, *, prompt_suffix: str, stop_id: int | None) -> None:
+        self.stop_id, self.stop_text = _stop(codec, stop_id)
+        self.stop_ids = frozenset({self.stop_id})
+        self.stop_texts = (self.stop_text,)
+        self.adds_bos = codec.bos_id is not None
+        self._suffix = prompt_suffix
+        self.identity = f"plain {prompt_suffix!r} {self.stop_id}"
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        generation: bool,
+    ) -> str:
+        if tools or any("tool_calls" in message.extra for message in messages):
+            raise TurnRefused("plain rendering has no place for tools; set a data.template")
+        parts = []
+        following = [*messages[1:], Message("assistant" if generation else "end", "")]
+        for message, after in zip(messages, following, strict=True):
+            if message.role in {"assistant", "text"}:
+                tail = self.stop_text
+            elif after.role == "assistant":
+                tail = self._suffix
+            else:
+                tail = "\n\n"
+            parts.append(message.content + tail)
+        return "".join(parts)
+
+
+class Templated(_Ending):
+    """A Jinja chat template, run within bounds."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        codec: Codec,
+        sources: Mapping[str, str],
+        *,
+        name: str,
+        stop_id: int | None,
+    ) -> None:
+        self.name = name
+        now = datetime.now()
+        shown = "the tokenizer's chat template" if name == "tokenizer" else name
+        self._templates = {
+            key: ChatTemplate(source, name=shown, now=now) for key, source in sources.items()
+        }
+        if "default" not in self._templates:
+            self._templates["default"] = next(iter(self._templates.values()))
+        fallback_id, fallback_text = _stop(codec, stop_id)
+        self._variables = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+        if name in {"turns", "chatml"}:
+            self._variables["eos_token"] = fallback_text
+        # A template of the tokenizer's prints BOS itself, or leaves it to the tokenizer.
+        self.adds_bos = codec.bos_id is not None if name == "turns" else codec.adds_bos
+        self._content_is_parts = self._folds_system = False
+        self._probe_content()
+        self._probe_system()
+        printed = self._probe_stop(codec)
+        self.prints_stop = bool(printed)
+        self.stop_id, self.stop_text = printed[0] if printed else (fallback_id, fallback_text)
+        stops = dict([*printed, (fallback_id, fallback_text)])
+        self.stop_ids = frozenset(stops)
+        self.stop_texts = tuple(stops.values())
+        self.notes = self._notes()
+        clock = now.date() if any(t.reads_clock for t in self._templates.values()) else ""
+        self.identity = json.dumps([sorted(sources.items()), self._variables, str(clock), stop_id])
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        generation: bool,
+    ) -> str:
+        folded = _fold_system(messages) if self._folds_system else messages
+        rows = [self._row(message) for message in folded]
+        try:
+            return self._run(rows, tools, generation)
+        except TurnRefused:
+            # Some templates print a call's arguments with tojson, some expect them as JSON text.
+            as_text = [_arguments_as_text(row) for row in rows]
+            if as_text == rows:
+                raise
+            return self._run(as_text, tools, generation)
+
+    def _run(
+        self,
+        rows: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        generation: bool,
+    ) -> str:
+        template = self._templates["default"]
+        if tools and "tool_use" in self._templates:
+            template = self._templates["tool_use"]
+        variables = {
+            "messages": rows,
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": generation,
+            **self._variables,
+        }
+        try:
+            return template.render(variables)
+        except TemplateRefused:
+            raise
+        except ValueError as error:
+            raise TurnRefused(f"the chat template refuses it: {error}") from error
+
+    def _row(self, message: Message) -> dict[str, Any]:
+        row = message.for_template()
+        if self._content_is_parts:
+            row["content"] = [{"type": "text", "text": message.content}]
+        return row
+
+    def _probe_content(self) -> None:
+        probe = (Message("user", _QUESTION), Message("assistant", _ANSWER))
+        for as_parts in (False, True):
+            self._content_is_parts = as_parts
+            try:
+                text = self.text(probe, None, generation=False)
+            except TurnRefused:
+                continue
+            if _QUESTION in text and _ANSWER in text:
+                return
+        self._content_is_parts = False
+        try:
+            self.text(probe, None, generation=False)
+        except TurnRefused as refused:
+            raise DataError(
+                f"data.template: {self.name} cannot print a question and its answer: {refused}"
+            ) from refused
+        raise DataError(
+            f"data.template: {self.name} leaves out what was said: a question and its answer do "
+            "not both appear in the text; set another data.template"
+        )
+
+    def _probe_system(self) -> None:
+        probe = (Message("system", _SYSTEM), Message("user", _QUESTION))
+        for fold in (False, True):
+            self._folds_system = fold
+            try:
+                if _SYSTEM in self.text(probe, None, generation=True):
+                    return
+            except TurnRefused:
+                continue
+        self._folds_system = False
+
+    def _probe_stop(self, codec: Codec) -> list[tuple[int, str]]:
+        """The first added token printed after an answer, as [(id, text)]; [] where there is none."""
+        text = self.text(
+            (Message("user", _QUESTION), Message("assistant", _ANSWER)), None, generation=False
+        )
+        tail = text[text.rindex(_ANSWER) + len(_ANSWER) :]
+        stop = next((i for i in codec.ids(tail) if i in codec.added_ids), None)
+        stop_text = None if stop is None else codec.text_of(stop)
+        if stop is None or stop_text is None:
+            return []
+        return [(stop, stop_text)]
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if self._folds_system:
+            notes.append("system messages are put before the first user message")
+        if not self.prints_stop:
+            notes.append(f"the template prints no stop token; {self.stop_text} is put after it")
+        if any(t.reads_clock for t in self._templates.values()):
+            notes.append("the template prints today's date")
+        return tuple(notes)
+
+
+def _stop(codec: Codec, stop_id: int | None) -> tuple[int, str]:
+    if stop_id is None:
+        raise DataError("the tokenizer has no EOS token, so no answer could end; name a stop token")
+    text = codec.text_of(stop_id)
+    if text is None:
+        raise DataError(f"the stop token {stop_id} is not one of the tokenizer's added tokens")
+    return stop_id, text
+
+
+def _fold_system(messages: Sequence[Message]) -> Sequence[Message]:
+    if len(messages) < 2 or messages[0].role != "system":
+        return messages
+    first = messages[1]
+    folded = Message(
+        first.role, f"{messages[0].content}\n\n{first.content}", first.train, first.extra
+    )
+    return (folded, *messages[2:])
+
+
+def _arguments_as_text(row: Mapping[str, Any]) -> dict[str, Any]:
+    calls = []
+    for call in row.get("tool_calls", ()):
+        function = call.get("function", {})
+        if isinstance(function.get("arguments"), Mapping):
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": text}}
+        calls.append(call)
+    return {**row, "tool_calls": calls} if calls else dict(row)
