@@ -116,10 +116,12 @@ class _State:
 
 def _read_8bit(own: Mapping[str, Tensor], faults: list[str]) -> Quantized8Bit | None:
     _only(own, ("weight", "SCB", "weight_format"), faults)
-    codes = own.get("weight")
+    codes, rows = own.get("weight"), None
     if codes is None or codes.ndim != 2 or codes.dtype != torch.int8:
         faults.append(f"weight: {_seen(codes)}, not int8 [rows, columns]")
-    scale = _scales(own, "SCB", None if codes is None else codes.shape[0], faults)
+    else:
+        rows = codes.shape[0]
+    scale = _scales(own, "SCB", rows, faults)
     layout = own.get("weight_format")
     if layout is not None and (layout.numel() != 1 or layout.item() != _ROW_MAJOR):
         faults.append(f"weight_format: {layout.tolist()}, not {_ROW_MAJOR} (row-major)")
@@ -241,7 +243,8 @@ def _scales(
     """A flat float32 tensor of `count` finite numbers, none below zero."""
     found = own.get(name)
     if found is None or found.dtype != torch.float32 or count not in (None, found.numel()):
-        faults.append(f"{name}: {_seen(found)}, not {count} float32 scales")
+        wanted = "a float32 scale for every row" if count is None else f"{count} float32 scales"
+        faults.append(f"{name}: {_seen(found)}, not {wanted}")
         return None
     bad = (found.isfinite() & (found >= 0)).logical_not_().view(-1)
     if bad.any():
