@@ -1,0 +1,39 @@
+"""The run described once: every setting, its default, where its value came from, what it needs."""
+
+from __future__ import annotations
+
+from pennyweight.config.explain import explain, json_schema, to_yaml
+from pennyweight.config.load import LoadedRun, load_run, read_resolved
+from pennyweight.config.rules import resolve
+from pennyweight.config.schema import (
+    BaseConfig,
+    DataConfig,
+    EvaluateConfig,
+    Format,
+    LoraConfig,
+    Method,
+    Quantization,
+    RunConfig,
+    Source,
+    TrainConfig,
+)
+
+__all__ = [
+    "BaseConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "Format",
+    "LoadedRun",
+    "LoraConfig",
+    "Method",
+    "Quantization",
+    "RunConfig",
+    "Source",
+    "TrainConfig",
+    "explain",
+    "json_schema",
+    "load_run",
+    "read_resolved",
+    "resolve",
+    "to_yaml",
+]
