@@ -1,0 +1,3 @@
+"""Affordable fine-tuning of large language models with LoRA and QLoRA."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,26 @@
+"""Low-rank adapters: the formula, the layer, the value, and their place beside a base."""
+
+from pennyweight.lora.adapter import (
+    Adapter,
+    adapter_of,
+    attach,
+    attached,
+    check_name,
+    described,
+    detach,
+    trained_parameters,
+)
+from pennyweight.lora.layer import LoraLinear, lora_delta
+
+__all__ = [
+    "Adapter",
+    "LoraLinear",
+    "adapter_of",
+    "attach",
+    "attached",
+    "check_name",
+    "described",
+    "detach",
+    "lora_delta",
+    "trained_parameters",
+]

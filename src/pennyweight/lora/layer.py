@@ -1,0 +1,212 @@
+"""The low-rank update and the layer that adds it: h = W0 x + scaling * B(A(dropout(x))).
+
+LoRA (Hu et al. 2021), section 4.1; scaling alpha / r, or alpha / sqrt(r) with rsLoRA
+(Kalajdzievski 2023). Factors are float32 masters, cast to the type of the products.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pennyweight.route import Route
+
+__all__ = [
+    "AdaptedModule",
+    "CopiedWeight",
+    "LoraFactors",
+    "LoraLinear",
+    "TrainedCopy",
+    "lora_delta",
+]
+
+
+def lora_delta(
+    x: Float[Tensor, "*rows d_in"],
+    a: Float[Tensor, "r d_in"],
+    b: Float[Tensor, "d_out r"],
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Float[Tensor, "*rows d_out"]:
+    """scaling * B(A(dropout(x))), in the type of x.
+
+    Without a `seed` nothing is dropped. The scaling is folded into B, which is small, so that
+    backward keeps only x and A(x).
+    """
+    if dropout and seed is not None:
+        x = x * _kept(x, dropout, seed)
+    return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype) * scaling)
+
+
+def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Inverted-dropout factors of x's shape, a function of the seed alone (recomputation agrees)."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.rand(x.shape, generator=generator, device=x.device) >= dropout
+    return keep.to(x.dtype) / (1.0 - dropout)
+
+
+class LoraFactors(nn.Module):
+    """One adapter's factors on one linear layer."""
+
+    def __init__(self, a: Tensor, b: Tensor, *, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(a)
+        self.lora_B = nn.Parameter(b)
+        self.scaling, self.dropout = scaling, dropout
+
+    @classmethod
+    def fresh(
+        cls,
+        d_in: int,
+        d_out: int,
+        r: int,
+        *,
+        scaling: float,
+        dropout: float,
+        seed: int,
+        device: torch.device,
+    ) -> LoraFactors:
+        """A Kaiming-uniform (bound 1/sqrt(d_in), as nn.Linear), B zeros: the update starts at nothing."""
+        generator = torch.Generator().manual_seed(seed)
+        a = torch.empty(r, d_in)
+        a.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
+        return cls(
+            a.to(device), torch.zeros(d_out, r, device=device), scaling=scaling, dropout=dropout
+        )
+
+
+class AdaptedModule(nn.Module):
+    """A frozen module and what named adapters put beside it; `path` is its full name in the base."""
+
+    def __init__(self, base_layer: nn.Module, route: Route, path: str) -> None:
+        super().__init__()
+        self.base_layer, self.path = base_layer, path
+        self.adapters = nn.ModuleDict()
+        object.__setattr__(self, "route", route)
+
+    def __contains__(self, name: str) -> bool:
+        return _key(name) in self.adapters
+
+    def put(self, name: str, weights: nn.Module) -> None:
+        self.adapters[_key(name)] = weights
+
+    def drop(self, name: str) -> None:
+        del self.adapters[_key(name)]
+
+    def of(self, name: str) -> nn.Module:
+        return self.adapters[_key(name)]
+
+    def names(self) -> list[str]:
+        return [key.replace("%2E", ".") for key in self.adapters]
+
+    def runs(self, rows: int) -> list[tuple[str | None, int, int]]:
+        """The route's segments, held against the rows at hand."""
+        segments = self.route.segments()
+        if len(segments) == 1:
+            return [(segments[0][0], 0, rows)]
+        assert segments and segments[-1][2] == rows, (
+            f"{self.path}: {rows} rows, the route says {segments}"
+        )
+        return segments
+
+
+class LoraLinear(AdaptedModule):
+    """A frozen linear layer (plain, quantized or Conv1D) that adds each document its adapter's update."""
+
+    @property
+    def in_features(self) -> int:
+        return linear_shape(self.base_layer)[1]
+
+    @property
+    def out_features(self) -> int:
+        return linear_shape(self.base_layer)[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        y = self.base_layer(x)
+        runs = self.runs(x.shape[-2])
+        if len(runs) == 1:
+            name = runs[0][0]
+            return y + self._delta(x, name) if name is not None and name in self else y
+        parts = []
+        for name, start, stop in runs:
+            part = y[..., start:stop, :]
+            if name is not None and name in self:
+                part = part + self._delta(x[..., start:stop, :], name)
+            parts.append(part)
+        return torch.cat(parts, dim=-2)
+
+    def _delta(self, x: Tensor, name: str) -> Tensor:
+        factors = self.of(name)
+        assert isinstance(factors, LoraFactors)
+        seed = None
+        if factors.dropout and self.route.dropout_seed is not None:
+            seed = stable_seed(self.route.dropout_seed, self.path)
+        delta = lora_delta(
+            x,
+            factors.lora_A,
+            factors.lora_B,
+            scaling=factors.scaling,
+            dropout=factors.dropout,
+            seed=seed,
+        )
+        return delta
+
+
+class CopiedWeight(nn.Module):
+    """One adapter's float32 copy of a module's weight; tied modules share the parameter."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class TrainedCopy(AdaptedModule):
+    """A frozen module (embedding, head, norm) and full trained copies of its weight, one an adapter."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        axis = -1 if isinstance(self.base_layer, nn.Embedding) else -2
+        parts = [
+            self._run(x.narrow(axis, start, stop - start), name)
+            for name, start, stop in self.runs(x.shape[axis])
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+    def _run(self, x: Tensor, name: str | None) -> Tensor:
+        if name is None or name not in self:
+            return self.base_layer(x)
+        weight = self.of(name).weight.to(self.base_layer.weight.dtype)
+        return torch.func.functional_call(self.base_layer, {"weight": weight}, (x,))
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear-like layer; transformers' Conv1D stores its weight as [in, out]."""
+    if type(layer).__name__ == "Conv1D":
+        d_in, d_out = layer.weight.shape
+        return d_out, d_in
+    return layer.out_features, layer.in_features
+
+
+def stable_seed(seed: int, *words: object) -> int:
+    """A 63-bit seed from a seed and words, the same on every machine and run."""
+    digest = hashlib.sha256("\x1f".join([str(seed), *map(str, words)]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _key(name: str) -> str:
+    """Adapter names may hold dots, module names may not."""
+    return name.replace(".", "%2E")
