@@ -15,6 +15,7 @@ import numpy as np
 __all__ = ["Difference", "Interval", "bootstrap", "wilson"]
 
 RESAMPLES = 2000
+RESAMPLES_AT_ONCE = 50
 NORMAL_QUANTILE_975 = 1.959963984540054
 
 Interval = tuple[float, float]
@@ -44,12 +45,12 @@ def bootstrap(
     tops = np.asarray(sums, dtype=np.float64)
     bottoms = np.ones_like(tops) if counts is None else np.asarray(counts, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(len(tops), size=len(tops))
-        total = bottoms[drawn].sum()
-        if total:
-            means.append(tops[drawn].sum() / total)
+    means: list[float] = []
+    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
+        drawn = rng.integers(len(tops), size=(RESAMPLES_AT_ONCE, len(tops)))
+        sum_drawn, count_drawn = tops[drawn].sum(1), bottoms[drawn].sum(1)
+        # Rows may hold no trained token; a draw of such rows alone has no mean.
+        means += (sum_drawn[count_drawn > 0] / count_drawn[count_drawn > 0]).tolist()
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
