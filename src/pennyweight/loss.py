@@ -58,9 +58,9 @@ def summed_cross_entropy(
     """
     rows, wanted = targets(ids, trained, boundaries)
     chunk = chunk_tokens or chunk_rows(head.weight.shape[0], hidden.device)
-    if type(head.module) is not nn.Linear or head.module.weight is not head.weight:
+    if head.wrapped:
         return _through_module(hidden, rows, wanted, head, chunk), len(rows)
-    total = _PlainHead.apply(
+    total = _PlainHead.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, rows, wanted, head.softcap, head.scale, chunk,
         torch.is_grad_enabled() and hidden.requires_grad,
         torch.is_grad_enabled() and head.trainable,

@@ -6,16 +6,14 @@ import errno
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
-from typing import Self
 
 from pennyweight.errors import ConfigError, DiskError
 
-try:
+if sys.platform != "win32":  # there the file is written, but nothing holds a second run off
     import fcntl
-except ImportError:  # Windows: the file is written, but nothing holds a second run off
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["RunLock"]
 
@@ -31,7 +29,7 @@ class RunLock:
         self.path = folder / "run.lock"
         self._number: int | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RunLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             number = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -64,7 +62,7 @@ class RunLock:
             self._number = None
 
     def _take(self, number: int) -> None:
-        if fcntl is None:
+        if sys.platform == "win32":
             return
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

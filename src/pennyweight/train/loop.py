@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from pennyweight.data.batch import Batch
 from pennyweight.errors import Aborted
@@ -74,7 +74,7 @@ class StopRequest:
     def ask(self, why: str) -> None:
         self._asked = why
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._hear)

@@ -35,7 +35,7 @@ def enable_checkpointing(base: BaseModel) -> None:
     recomputes; what is inside them stays in evaluation mode. The route, dropout seed included, is
     read again, so backward belongs inside `route.over(...)`.
     """
-    module = base.module
+    module: Any = base.module
     options = {"use_reentrant": False, "preserve_rng_state": False}
     # The name since transformers 5.20 or so; the older one warns there.
     if hasattr(module, "activation_checkpointing_enable"):
@@ -51,7 +51,7 @@ def enable_checkpointing(base: BaseModel) -> None:
 
 def disable_checkpointing(base: BaseModel) -> None:
     """Undo `enable_checkpointing`."""
-    module = base.module
+    module: Any = base.module
     if hasattr(module, "activation_checkpointing_disable"):
         module.activation_checkpointing_disable()
     else:

@@ -273,5 +273,5 @@ def _forward_backward(base: BaseModel, batch: Batch, seed: int) -> tuple[Tensor,
         total, count = summed_cross_entropy(
             hidden, batch.ids, batch.trained, batch.boundaries, base.head
         )
-        total.backward()  # inside, since recomputation reads the route
+        torch.autograd.backward(total)  # inside, since recomputation reads the route
     return total.detach(), count
