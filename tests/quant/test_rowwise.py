@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pennyweight.errors import ModelError
-from pennyweight.quant import dequantize_8bit, quantize_8bit, storage_bytes
+from pennyweight.quant import dequantize_8bit, quantize_8bit, rowwise, storage_bytes
 
 
 @settings(deadline=None, max_examples=60)
@@ -39,7 +39,8 @@ def test_rows_that_cannot_be_scaled_become_zeros() -> None:
     assert not values[:2].any()
 
 
-def test_more_rows_than_one_chunk() -> None:
+def test_more_rows_than_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowwise, "chunk_elements", lambda device: 1 << 16)
     weight = torch.randn(700, 1000)
     q = quantize_8bit(weight)
     bound = q.scale.unsqueeze(1) / 127 / 2
