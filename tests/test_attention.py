@@ -117,6 +117,19 @@ def test_eager_is_computed_in_float32_at_least() -> None:
     assert torch.equal(found, expected.bfloat16())
 
 
+@pytest.mark.parametrize("backend", ["documents", "eager"])
+def test_under_autocast_all_three_go_in_its_type(backend: str) -> None:
+    layer = Layer()
+    layer.pennyweight_route.backend = backend
+    query, key, value = (part.float() for part in row(9))
+    with layer.pennyweight_route.over((0, 4, 9), (None, None)):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = attend(layer, query, key, value.bfloat16(), None)
+        expected, _ = attend(layer, query, key, value, None)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
 def test_the_models_own_scale_is_used() -> None:
     layer = Layer()
     query, key, value = row(5)

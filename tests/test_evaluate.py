@@ -13,7 +13,7 @@ import torch
 
 from pennyweight.config import BaseConfig
 from pennyweight.data.batch import Batch
-from pennyweight.errors import DataError, DivergedError
+from pennyweight.errors import AdapterError, DataError, DivergedError
 from pennyweight.evaluate import (
     LossReport,
     bootstrap,
@@ -104,6 +104,11 @@ def test_a_loss_that_is_not_finite_names_its_row(
     one = batch(5, 6)
     with pytest.raises(DivergedError, match=r"held-out.jsonl:2: the loss .* is nan"):
         evaluate_loss(base, [replace(one, trained=torch.ones_like(one.trained))])
+
+
+def test_an_adapter_that_is_not_there_is_no_bare_base(base: BaseModel) -> None:
+    with pytest.raises(AdapterError, match="adapter 'sql', which is not attached; attached: none"):
+        evaluate_loss(base, read_by([batch(3, 4)], "sql"))
 
 
 def test_read_by_names_the_adapter_for_every_row() -> None:
@@ -206,3 +211,36 @@ def test_bootstrap_covers_as_often_as_it_says() -> None:
     assert bootstrap([1.0]) is None
     assert bootstrap([2.0, 6.0], [1, 3]) == (2.0, 2.0)
     assert bootstrap([1.0, 2.0, 4.0]) == bootstrap([1.0, 2.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("folder", "quantization", "key"),
+    [
+        ("stories260k", "none", "fp32"),
+        ("stories260k-bnb-nf4", "nf4", "nf4"),
+        ("stories260k-bnb-nf4-dq", "nf4", "nf4_dq"),
+    ],
+)
+def test_real_models_have_their_known_losses(
+    shared_data: Path, folder: str, quantization: str, key: str
+) -> None:
+    models = shared_data / "models"
+    base = load_base(
+        BaseConfig.model_validate(
+            {"model": str(models / folder), "quantization": quantization, "device": "cpu"}
+        )
+    )
+    stories = shared_data / "text" / "tinystories" / "tinystories_1000.json"
+    texts = json.loads(stories.read_text(encoding="utf-8"))[:20]
+    rows = [[1, *base.tokenizer(text, add_special_tokens=False).input_ids][:400] for text in texts]
+    ends = np.cumsum([len(row) for row in rows])
+    packed = Batch(
+        ids=torch.tensor([token for row in rows for token in row]),
+        trained=torch.ones(int(ends[-1]), dtype=torch.bool),
+        positions=torch.cat([torch.arange(len(row)) for row in rows]),
+        boundaries=(0, *map(int, ends)),
+        adapters=(None,) * len(rows),
+        sources=tuple(f"{stories.name}:{i}" for i in range(len(rows))),
+    )
+    golden = json.loads((models / "GOLDEN_bnb_losses.json").read_text(encoding="utf-8"))
+    assert evaluate_loss(base, [packed]).loss == pytest.approx(golden["stories260k"][key], abs=1e-5)

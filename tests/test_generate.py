@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -167,3 +168,13 @@ def test_requests_join_and_leave_while_others_are_under_way(base: BaseModel) -> 
 
 def test_no_requests_give_no_completions(base: BaseModel) -> None:
     assert generate(base, []) == []
+
+
+def test_a_real_model_tells_its_known_story(shared_data: Path) -> None:
+    folder = shared_data / "models" / "stories260k"
+    base = load_base(BaseConfig(model=str(folder), quantization="none", device="cpu"))
+    golden = json.loads((folder / "GOLDEN.json").read_text(encoding="utf-8"))
+    prompt = (base.tokenizer.bos_token_id,)
+    ids = generate(base, [Request(prompt, max_new_tokens=200, stop_ids=())])[0].ids
+    text = base.tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
+    assert text == golden["greedy_from_bos_200_new_tokens"]

@@ -157,6 +157,7 @@ class Decoding:
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """One token each: for rows newly begun if any could be, else for all under way."""
+        assert self.busy, "no request is under way or waiting"
         rows = self._begin() or list(range(len(self._rows)))
         logits = self._read(rows)
         tokens = self._draw(rows, logits)

@@ -24,7 +24,7 @@ FAMILIES = (
     "gemma3",
     "gpt2",
 )
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 def tiny_base(folder: Path) -> BaseModel:

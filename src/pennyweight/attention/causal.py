@@ -64,6 +64,10 @@ def attend(
     assert (query.shape[0], query.shape[2]) == (1, route.boundaries[-1]), (
         f"{tuple(query.shape)} is not one flat row over the route's {route.boundaries}"
     )
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotation leaves queries and keys wider than values; all go in the type of the products.
+        narrow = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     rule = _Rule(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -202,13 +206,16 @@ def _explicit(
     wide = torch.promote_types(query.dtype, torch.float32)
     # Heads that share keys stand beside each other as further queries, so no key is repeated.
     stacked = query.to(wide).reshape(rows, shared, -1, query.shape[-1])
-    scores = (stacked @ key.to(wide).transpose(-1, -2)).view(rows, heads, new, known) * rule.scale
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    weights = scores.softmax(-1).view(rows, shared, -1, known)
-    return (weights @ value.to(wide)).view(rows, heads, new, -1).to(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = stacked @ key.to(wide).transpose(-1, -2) * rule.scale
+        if rule.softcap is not None:
+            scores = rule.softcap * torch.tanh(scores / rule.softcap)
+        scores = scores.view(rows, heads, new, known)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        weights = scores.softmax(-1).view(rows, shared, -1, known)
+        mixed = weights @ value.to(wide)
+    return mixed.view(rows, heads, new, -1).to(query.dtype)
 
 
 def _attend_remembered(

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from pennyweight.data.batch import Batch
-from pennyweight.errors import DataError, DivergedError
+from pennyweight.errors import AdapterError, DataError, DivergedError
 from pennyweight.evaluate.intervals import Difference, Interval, bootstrap
+from pennyweight.lora import attached
 from pennyweight.loss import targets
 from pennyweight.model import BaseModel
 
@@ -73,13 +74,21 @@ def read_by(batches: Iterable[Batch], adapter: str | None) -> Iterator[Batch]:
 def evaluate_loss(base: BaseModel, batches: Iterable[Batch]) -> LossReport:
     """Loss of every trained token, each document by the adapter its batch names.
 
-    DataError where nothing is trained; DivergedError names the first row whose loss is not finite.
+    DataError where nothing is trained; AdapterError for an adapter that is not attached, which
+    would be the bare base under a wrong name; DivergedError names the first row whose loss is not
+    finite.
     """
+    names = attached(base)
     sources: list[str] = []
     losses: list[float] = []
     counts: list[int] = []
     correct = 0
     for batch in batches:
+        for adapter in set(batch.adapters) - {None, *names}:
+            raise AdapterError(
+                f"{batch.sources[0]}: to be read by adapter {adapter!r}, which is not attached; attached: "
+                f"{', '.join(names) or 'none'}; `read_by(batches, None)` reads by the bare base"
+            )
         right, sums, numbers = _document_losses(base, batch.to(base.device))
         correct += right
         losses += sums
