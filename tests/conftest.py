@@ -20,7 +20,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("pennyweight", "beartype.beartype")
+# An int is welcome where a float is asked for, as everywhere in Python (PEP 484).
+install_import_hook(
+    "pennyweight", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 import numpy as np
 import pytest

@@ -1,0 +1,19 @@
+"""What a run says of itself: an append-only log, progress lines, optional sinks, a picture."""
+
+from __future__ import annotations
+
+from pennyweight.report.log import Report, metrics_of, read_events
+from pennyweight.report.plot import plot_losses
+from pennyweight.report.progress import duration, progress_line
+from pennyweight.report.sinks import Sink, open_sinks
+
+__all__ = [
+    "Report",
+    "Sink",
+    "duration",
+    "metrics_of",
+    "open_sinks",
+    "plot_losses",
+    "progress_line",
+    "read_events",
+]

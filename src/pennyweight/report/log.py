@@ -1,0 +1,214 @@
+"""`events.jsonl`: one JSON object a line, appended and never rewritten but for a resume.
+
+    {"time": "2026-01-31T12:00:00.123Z", "kind": "step", "number": 10, "loss": 1.25, ...}
+
+A checkpoint records the log's length in bytes. Resuming cuts the log back to it, so that steps
+taken after the checkpoint, and lost, are not told twice: apart from the clock the resumed log
+equals the log of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pennyweight.errors import DiskError
+from pennyweight.report.progress import Pace, progress_line
+from pennyweight.report.sinks import Sink
+
+__all__ = ["CLOCK_FIELDS", "Report", "metrics_of", "read_events"]
+
+CLOCK_FIELDS = frozenset({"time", "seconds", "tokens_per_second", "eta_seconds"})
+"""Fields that depend on the clock; everything else of a run is the same again."""
+
+
+class Report:
+    """The log of one run, its progress lines and its sinks.
+
+    `every`: optimizer steps between progress lines; 0 prints none.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        sinks: Sequence[Sink] = (),
+        every: int = 10,
+    ) -> None:
+        self.path = Path(folder) / "events.jsonl"
+        self._sinks = tuple(sinks)
+        self._every = every
+        self._pace = Pace()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        _cut_torn_line(self._file)
+
+    @classmethod
+    def resume(cls, folder: str | os.PathLike[str], at_offset: int, **options: Any) -> Report:
+        """Open the log of a run that goes on from a checkpoint which recorded `at_offset` bytes.
+
+        A log that is shorter, or has no line ending there, was changed by somebody; it is kept as
+        it is, and the event `log_changed` says so: training goes on.
+        """
+        report = cls(folder, **options)
+        length = os.fstat(report._file).st_size
+        whole = at_offset == 0 or (
+            at_offset <= length and os.pread(report._file, 1, at_offset - 1) == b"\n"
+        )
+        if whole:
+            os.ftruncate(report._file, at_offset)
+        else:
+            report.event("log_changed", recorded_bytes=at_offset, found_bytes=length)
+        return report
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line. Numbers that are not finite are written as the texts nan, inf, -inf."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = json.dumps(
+            {"time": now, "kind": kind, **{name: _plain(fields[name]) for name in fields}},
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+        self._append(line.encode("utf-8", "backslashreplace") + b"\n")
+        if self._sinks and isinstance(number := fields.get("number"), int):
+            values = {
+                f"{kind}/{name}": float(value)
+                for name, value in fields.items()
+                if name != "number" and isinstance(value, int | float)
+            }
+            for sink in self._sinks:
+                sink.write(number, values)
+
+    def step(self, step: Any, *, total: int, **fields: Any) -> None:
+        """Log a training step (its fields, and `fields`), and print a line every so often.
+
+        `step` is a dataclass with number, loss, learning_rate, tokens and seconds.
+        """
+        self.event("step", **_fields_of(step), **fields)
+        self._pace.add(tokens=step.tokens, seconds=step.seconds)
+        last = step.number == total
+        if self._every and (step.number == 1 or step.number % self._every == 0 or last):
+            self.say(
+                progress_line(
+                    step.number,
+                    total,
+                    loss=step.loss,
+                    learning_rate=step.learning_rate,
+                    tokens_per_second=self._pace.tokens_per_second,
+                    eta_seconds=self._pace.seconds_a_step * (total - step.number),
+                )
+            )
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        print(text, file=sys.stderr, flush=True)
+
+    def durable_offset(self) -> int:
+        """The log's length in bytes once all of it is on the disk, for a checkpoint to record."""
+        try:
+            os.fsync(self._file)
+            return os.fstat(self._file).st_size
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _append(self, line: bytes) -> None:
+        """Write the line whole, or leave the log as it was."""
+        before = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, line)
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, before)
+            raise _unwritable(self.path, error) from error
+
+
+def _cut_torn_line(file: int) -> None:
+    """Remove what follows the last line end: a line whose writing was cut short by a kill."""
+    length = end = os.fstat(file).st_size
+    while end > 0:
+        start = max(0, end - 65536)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end != length:
+        os.ftruncate(file, end)
+
+
+def _unwritable(path: Path, error: OSError) -> DiskError:
+    return DiskError(
+        f"{path}: could not be written: {error.strerror}; free space, or mend its rights"
+    )
+
+
+def _fields_of(step: Any) -> Mapping[str, Any]:
+    return {each.name: getattr(step, each.name) for each in dataclasses.fields(step)}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; tensors and arrays of one number become that number."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(_fields_of(value))
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inside) for name, inside in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, Iterable):
+        return [_plain(inside) for inside in value]
+    return str(value)
+
+
+def read_events(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The events of a log, oldest first; a torn last line is left out."""
+    with Path(path).open("rb") as lines:
+        for line in lines:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def metrics_of(
+    events: Iterable[Mapping[str, Any]], kinds: Sequence[str] = ("step", "evaluation")
+) -> list[dict[str, Any]]:
+    """Events of these kinds without their clock fields: equal for a resumed and a whole run."""
+    return [
+        {name: value for name, value in event.items() if name not in CLOCK_FIELDS}
+        for event in events
+        if event["kind"] in kinds
+    ]

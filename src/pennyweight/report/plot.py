@@ -1,0 +1,125 @@
+"""`loss.png`: training loss, held-out loss and learning rate over the steps of a run."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pennyweight.errors import ConfigError
+
+__all__ = ["plot_losses", "smoothed"]
+
+_INK, _FAINT, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
+_TRAIN, _EVAL, _RATE = "#2b6cb0", "#d1495b", "#5b8c5a"
+
+Points = list[tuple[int, float]]
+
+
+def plot_losses(
+    events: Iterable[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Loss in nats per trained token",
+) -> None:
+    """Draw the `step` and `evaluation` events of a log (fields `number`, `loss`, `learning_rate`).
+
+    Raises ConfigError naming the extra when matplotlib is absent.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            'loss plot: matplotlib is not installed: `pip install "pennyweight[plots]"`'
+        ) from None
+    kept = list(events)
+    train, rate = _points(kept, "step", "loss"), _points(kept, "step", "learning_rate")
+    held_out = _points(kept, "evaluation", "loss")
+    figure = Figure(figsize=(9, 5.4), dpi=150, facecolor="white", layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    _draw_losses(upper, train, held_out)
+    lower.plot(*_columns(rate), color=_RATE, linewidth=1.6)
+    lower.set_ylabel("learning rate", color=_FAINT, fontsize=9)
+    lower.set_ylim(bottom=0)
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    lower.yaxis.get_offset_text().set(fontsize=8, color=_FAINT)
+    lower.set_xlabel("optimizer step", color=_FAINT, fontsize=9)
+    lower.locator_params(axis="y", nbins=3)
+    for axes in (upper, lower):
+        _quieten(axes)
+    figure.savefig(path)
+
+
+def smoothed(losses: Sequence[float], span: float) -> list[float]:
+    """Exponential averages over about `span` steps, forwards and then backwards: no lag."""
+
+    def averages(values: Iterable[float]) -> list[float]:
+        total = weight = 0.0
+        means = []
+        for value in values:
+            total, weight = decay * total + value, decay * weight + 1
+            means.append(total / weight)
+        return means
+
+    decay = max(0.0, 1 - 2 / max(2.0, span))
+    return averages(averages(losses)[::-1])[::-1]
+
+
+def _draw_losses(axes: Any, train: Points, held_out: Points) -> None:
+    if train:
+        numbers, losses = _columns(train)
+        mean = smoothed(losses, span=len(losses) / 25)
+        axes.plot(numbers, losses, color=_TRAIN, alpha=0.28, linewidth=0.9)
+        axes.plot(numbers, mean, color=_TRAIN, linewidth=2, label=f"training {mean[-1]:.3f}")
+        drawn = sorted([*losses, *(loss for _, loss in held_out)])
+        most = max(drawn[int(0.99 * (len(drawn) - 1))], mean[0])
+        margin = 0.06 * (most - drawn[0]) or 0.05
+        # A few wild steps at the start would flatten everything after them.
+        axes.set_ylim(drawn[0] - margin, most + margin)
+    if held_out:
+        best = min(held_out, key=lambda point: point[1])
+        axes.plot(
+            *_columns(held_out),
+            color=_EVAL,
+            linewidth=1.6,
+            marker="o",
+            markersize=4.5,
+            markeredgecolor="white",
+            label=f"held out {held_out[-1][1]:.3f}",
+        )
+        axes.plot(*best, marker="o", markersize=10, fillstyle="none", color=_EVAL)
+        axes.annotate(
+            f"best {best[1]:.3f}",
+            best,
+            xytext=(0, 11),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=_EVAL,
+        )
+    if train or held_out:
+        axes.legend(frameon=False, fontsize=10, labelcolor=_INK, loc="upper right")
+
+
+def _quieten(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GRID)
+    axes.tick_params(colors=_FAINT, labelsize=9, length=0)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _points(events: Sequence[Mapping[str, Any]], kind: str, name: str) -> Points:
+    """(step, value) of the events that have both; values that are not finite are left out."""
+    found = [
+        (int(event["number"]), float(event[name]))
+        for event in events
+        if event.get("kind") == kind and "number" in event and event.get(name) is not None
+    ]
+    return [(number, value) for number, value in found if math.isfinite(value)]
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    return [number for number, _ in points], [value for _, value in points]

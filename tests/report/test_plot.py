@@ -1,0 +1,48 @@
+"""The loss plot draws what a log has, whatever it lacks."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pennyweight.errors import ConfigError
+from pennyweight.report import plot_losses
+from pennyweight.report.plot import smoothed
+
+STEPS = [{"kind": "step", "number": n, "loss": 2 / n, "learning_rate": 1e-4} for n in range(1, 30)]
+EVALUATIONS = [{"kind": "evaluation", "number": n, "loss": 2 / n} for n in (10, 20)]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        STEPS + EVALUATIONS,
+        STEPS[:1],
+        EVALUATIONS[:1],
+        [{"kind": "step", "number": 1, "loss": "nan", "learning_rate": 0.0}],
+        [{"kind": "start"}],
+        [],
+    ],
+)
+def test_a_picture_is_made_of_what_is_there(
+    tmp_path: Path, events: list[dict[str, object]]
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot_losses(events, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pennyweight\[plots\]"):
+        plot_losses(STEPS, tmp_path / "loss.png")
+
+
+def test_smoothing_has_no_lag_and_keeps_a_constant() -> None:
+    assert smoothed([3.0] * 9, span=4) == pytest.approx([3.0] * 9)
+    ramp = [float(n) for n in range(200)]
+    assert smoothed(ramp, span=8)[100] == pytest.approx(100, abs=0.1)
+    assert smoothed(ramp, span=1) == ramp
+    assert smoothed([], span=5) == []
