@@ -29,7 +29,8 @@ class Renderer:
     """Renders conversations for one tokenizer, template and policy.
 
     `template`: `auto`, `plain`, `turns`, `chatml` or a Jinja file. `stop_id`: the token that ends a
-    document where the template names none; default the tokenizer's EOS.
+    document where the template names none; default the tokenizer's EOS. `thinking`: answers carry
+    their reasoning, so reasoning templates ask for it.
     """
 
     def __init__(
@@ -43,12 +44,18 @@ class Renderer:
         prompt_suffix: str = "",
         system: str | None = None,
         stop_id: int | None = None,
+        thinking: bool = False,
     ) -> None:
         self.train_on, self.max_length, self.overlong = train_on, max_length, overlong
         self._system = system
         self._codec = Codec(tokenizer)
         self._surfaces = surfaces(
-            tokenizer, self._codec, template=template, prompt_suffix=prompt_suffix, stop_id=stop_id
+            tokenizer,
+            self._codec,
+            template=template,
+            prompt_suffix=prompt_suffix,
+            stop_id=stop_id,
+            thinking=thinking,
         )
 
     @property

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from pennyweight.data.codec import Codec
@@ -31,6 +32,8 @@ TURNS = (
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 _QUESTION, _ANSWER, _SYSTEM = "question 7341", "answer 2896", "system 5178"
+_REASON = "reason 6025"
+_NO_SWITCH: Mapping[str, bool] = MappingProxyType({})
 
 
 class TurnRefused(ValueError):
@@ -59,9 +62,17 @@ class Surface(Protocol):
 
     def end_of_answer(self, text: str) -> int | None: ...
 
+    def is_closed_aside(self, text: str) -> bool: ...
+
 
 def surfaces(
-    tokenizer: Any, codec: Codec, *, template: str, prompt_suffix: str, stop_id: int | None
+    tokenizer: Any,
+    codec: Codec,
+    *,
+    template: str,
+    prompt_suffix: str,
+    stop_id: int | None,
+    thinking: bool,
 ) -> dict[Kind, Surface]:
     """The surface of each kind of row; text is always plain."""
     stop = codec.eos_id if stop_id is None else stop_id
@@ -71,17 +82,22 @@ def surfaces(
     own = getattr(tokenizer, "chat_template", None)
     if template in {"auto", "tokenizer"} and own:
         named = own if isinstance(own, dict) else {"default": own}
-        chat: Surface = Templated(tokenizer, codec, named, name="tokenizer", stop_id=stop)
+        chat: Surface = Templated(
+            tokenizer, codec, named, name="tokenizer", stop_id=stop, thinking=thinking
+        )
         return {"chat": chat, "prompt": chat, "text": plain}
     if template == "tokenizer":
         raise DataError("data.template: the tokenizer has no chat template; set auto or chatml")
     source = _source(template, codec)
-    chat = Templated(tokenizer, codec, {"default": source}, name=_name(template), stop_id=stop)
+    chat = Templated(
+        tokenizer,
+        codec,
+        {"default": source},
+        name="turns" if template == "auto" else template,
+        stop_id=stop,
+        thinking=thinking,
+    )
     return {"chat": chat, "prompt": plain if template == "auto" else chat, "text": plain}
-
-
-def _name(template: str) -> str:
-    return "turns" if template == "auto" else template
 
 
 def _source(template: str, codec: Codec) -> str:
@@ -106,21 +122,19 @@ def _source(template: str, codec: Codec) -> str:
 class _Ending:
     """What stands after an answer."""
 
-    stop_texts: tuple[str, ...] = ()
+    closers: tuple[str, ...] = ()
 
     def end_of_answer(self, text: str) -> int | None:
-        """Where the first of the stop tokens that close the text ends; None where none closes it.
+        """Where the first of the tokens that close the text ends; None where none closes it.
 
-        `hello<|end|>\\n<|endoftext|>` ends after `<|end|>`: white space and further stops are what
+        `hello<|end|>\n<|endoftext|>` ends after `<|end|>`: white space and further tokens are what
         a template prints behind an answer, and nobody generates them.
         """
         end, rest = None, text.rstrip()
-        while True:
-            stop = next((s for s in self.stop_texts if rest.endswith(s)), None)
-            if stop is None:
-                return end
+        while closer := next((c for c in self.closers if rest.endswith(c)), None):
             end = len(rest)
-            rest = rest[: -len(stop)].rstrip()
+            rest = rest[: -len(closer)].rstrip()
+        return end
 
 
 class Plain(_Ending):
@@ -133,7 +147,7 @@ class Plain(_Ending):
     def __init__(self, codec: Codec, *, prompt_suffix: str, stop_id: int | None) -> None:
         self.stop_id, self.stop_text = _stop(codec, stop_id)
         self.stop_ids = frozenset({self.stop_id})
-        self.stop_texts = (self.stop_text,)
+        self.closers = (self.stop_text,)
         self.adds_bos = codec.bos_id is not None
         self._suffix = prompt_suffix
         self.identity = f"plain {prompt_suffix!r} {self.stop_id}"
@@ -159,6 +173,9 @@ class Plain(_Ending):
             parts.append(message.content + tail)
         return "".join(parts)
 
+    def is_closed_aside(self, text: str) -> bool:
+        return False
+
 
 class Templated(_Ending):
     """A Jinja chat template, run within bounds."""
@@ -171,8 +188,9 @@ class Templated(_Ending):
         *,
         name: str,
         stop_id: int | None,
+        thinking: bool,
     ) -> None:
-        self.name = name
+        self.name, self._codec, self._thinking = name, codec, thinking
         now = datetime.now()
         shown = "the tokenizer's chat template" if name == "tokenizer" else name
         self._templates = {
@@ -181,20 +199,22 @@ class Templated(_Ending):
         if "default" not in self._templates:
             self._templates["default"] = next(iter(self._templates.values()))
         fallback_id, fallback_text = _stop(codec, stop_id)
-        self._variables = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+        self._variables: dict[str, Any] = {
+            key: str(token) for key, token in tokenizer.special_tokens_map.items()
+        }
         if name in {"turns", "chatml"}:
             self._variables["eos_token"] = fallback_text
         # A template of the tokenizer's prints BOS itself, or leaves it to the tokenizer.
         self.adds_bos = codec.bos_id is not None if name == "turns" else codec.adds_bos
         self._content_is_parts = self._folds_system = False
         self._probe_content()
+        self._probe_thinking()
         self._probe_system()
-        printed = self._probe_stop(codec)
+        printed = self._probe_stop()
         self.prints_stop = bool(printed)
         self.stop_id, self.stop_text = printed[0] if printed else (fallback_id, fallback_text)
-        stops = dict([*printed, (fallback_id, fallback_text)])
-        self.stop_ids = frozenset(stops)
-        self.stop_texts = tuple(stops.values())
+        self.stop_ids = frozenset({self.stop_id, fallback_id})
+        self.closers = tuple(dict.fromkeys([*(text for _, text in printed), fallback_text]))
         self.notes = self._notes()
         clock = now.date() if any(t.reads_clock for t in self._templates.values()) else ""
         self.identity = json.dumps([sorted(sources.items()), self._variables, str(clock), stop_id])
@@ -217,11 +237,18 @@ class Templated(_Ending):
                 raise
             return self._run(as_text, tools, generation)
 
+    def is_closed_aside(self, text: str) -> bool:
+        """Whether the text opens something and closes it, each with an added token."""
+        ids = self._codec.ids(text)
+        marks = [i in self._codec.added_ids for i in ids]
+        return sum(marks) >= 2 and marks[-1]
+
     def _run(
         self,
         rows: list[dict[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         generation: bool,
+        switch: Mapping[str, bool] = _NO_SWITCH,
     ) -> str:
         template = self._templates["default"]
         if tools and "tool_use" in self._templates:
@@ -232,6 +259,7 @@ class Templated(_Ending):
             "documents": None,
             "add_generation_prompt": generation,
             **self._variables,
+            **switch,
         }
         try:
             return template.render(variables)
@@ -268,28 +296,42 @@ class Templated(_Ending):
             "not both appear in the text; set another data.template"
         )
 
+    def _probe_thinking(self) -> None:
+        """Reasoning models ask in one of two ways; take the one that this data's answers follow."""
+        extra = {"reasoning_content": _REASON, "thinking": _REASON} if self._thinking else {}
+        question, answer = Message("user", _QUESTION), Message("assistant", _ANSWER, None, extra)
+        for switch in ({}, {"enable_thinking": self._thinking}):
+            try:
+                prompt = self._run([self._row(question)], None, True, switch)
+                own = self._run([self._row(question), self._row(answer)], None, False, switch)
+            except TurnRefused:
+                continue
+            if own.startswith(prompt):
+                self._variables |= switch
+                return
+
     def _probe_system(self) -> None:
+        """Fold system messages where the template refuses, forgets or moves them."""
         probe = (Message("system", _SYSTEM), Message("user", _QUESTION))
+        answered = (*probe, Message("assistant", _ANSWER))
         for fold in (False, True):
             self._folds_system = fold
             try:
-                if _SYSTEM in self.text(probe, None, generation=True):
+                asked = self.text(probe, None, generation=True)
+                if _SYSTEM in asked and _SYSTEM in self.text(answered, None, generation=False):
                     return
             except TurnRefused:
                 continue
         self._folds_system = False
 
-    def _probe_stop(self, codec: Codec) -> list[tuple[int, str]]:
-        """The first added token printed after an answer, as [(id, text)]; [] where there is none."""
+    def _probe_stop(self) -> list[tuple[int, str]]:
+        """The added tokens printed after an answer, as (id, text), first the one that ends it."""
         text = self.text(
             (Message("user", _QUESTION), Message("assistant", _ANSWER)), None, generation=False
         )
-        tail = text[text.rindex(_ANSWER) + len(_ANSWER) :]
-        stop = next((i for i in codec.ids(tail) if i in codec.added_ids), None)
-        stop_text = None if stop is None else codec.text_of(stop)
-        if stop is None or stop_text is None:
-            return []
-        return [(stop, stop_text)]
+        tail = self._codec.ids(text[text.rindex(_ANSWER) + len(_ANSWER) :])
+        added = [(i, self._codec.text_of(i)) for i in tail if i in self._codec.added_ids]
+        return [(i, text) for i, text in added if text is not None]
 
     def _notes(self) -> tuple[str, ...]:
         notes = []
@@ -299,6 +341,8 @@ class Templated(_Ending):
             notes.append(f"the template prints no stop token; {self.stop_text} is put after it")
         if any(t.reads_clock for t in self._templates.values()):
             notes.append("the template prints today's date")
+        if "enable_thinking" in self._variables:
+            notes.append(f"enable_thinking is {self._variables['enable_thinking']}")
         return tuple(notes)
 
 

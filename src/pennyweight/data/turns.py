@@ -99,11 +99,7 @@ def _turn(
     prompt = surface.text(messages[:-1], tools, generation=True)
     own = surface.text(messages, tools, generation=False)
     if not own.startswith(prompt):
-        shown = _where_they_part(prompt, own)
-        raise TurnRefused(
-            f"the template's prompt for an answer is not how it prints the answer: {shown}; "
-            "choose another data.template"
-        )
+        own = _bridged(surface, prompt, own, messages[-1].content)
     end = surface.end_of_answer(own)
     if end is None:
         end = len(own)
@@ -114,8 +110,20 @@ def _turn(
     return Turn(len(prompt), end, own[:end])
 
 
-def _where_they_part(prompt: str, own: str) -> str:
+def _bridged(surface: Surface, prompt: str, own: str, answer: str) -> str:
+    """The answer behind the prompt, where the prompt only adds a closed aside before it.
+
+    Gemma 4 asks with an empty thought, opened and closed, that it does not print before an answer.
+    An aside left open, such as `<think>`, would have to be closed by the answer: refused.
+    """
     same = next(
         (i for i, (a, b) in enumerate(zip(prompt, own, strict=False)) if a != b), len(own)
     )
-    return f"asks with {prompt[same : same + 40]!r}, prints {own[same : same + 40]!r}"
+    aside, rest = prompt[same:], own[same:]
+    if answer.strip() and rest.startswith(answer.strip()) and surface.is_closed_aside(aside):
+        return prompt + rest
+    raise TurnRefused(
+        "the template asks for an answer in another way than it prints one: it asks with "
+        f"{aside[:40]!r} and prints {rest[:40]!r}; give the answers' reasoning, or choose another "
+        "data.template"
+    )
