@@ -3,6 +3,7 @@
 from pennyweight.train.checkpoint import (
     CheckpointState,
     load_latest,
+    load_step,
     random_tensors,
     require_same,
     restore_random,
@@ -29,6 +30,7 @@ __all__ = [
     "disable_checkpointing",
     "enable_checkpointing",
     "load_latest",
+    "load_step",
     "peak_memory_bytes",
     "planned_steps",
     "random_tensors",

@@ -27,6 +27,7 @@ from pennyweight.errors import ConfigError, DiskError, DivergedError
 __all__ = [
     "CheckpointState",
     "load_latest",
+    "load_step",
     "random_tensors",
     "require_same",
     "restore_random",
@@ -100,6 +101,11 @@ def load_latest(folder: Path) -> tuple[CheckpointState, list[str]] | None:
             [*passed_over, f"{folder}: no checkpoint is whole; delete the folder to begin anew"]
         )
     return None
+
+
+def load_step(folder: Path, step: int) -> CheckpointState:
+    """The checkpoint of one step; DiskError if it is not whole."""
+    return _read(folder / f"step-{step:06d}")
 
 
 def retire(folder: Path, keep: int, best: int | None = None) -> list[Path]:

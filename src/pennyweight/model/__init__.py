@@ -1,0 +1,26 @@
+"""A resident base model and its tokenizer: the only room that knows transformers' model classes."""
+
+from pennyweight.model.folder import (
+    find_folder,
+    fingerprint,
+    load_tokenizer,
+    read_config,
+    weight_files,
+)
+from pennyweight.model.load import load_base, resolve_device, resolve_dtype
+from pennyweight.model.outline import shapes
+from pennyweight.model.resident import BaseModel, Head
+
+__all__ = [
+    "BaseModel",
+    "Head",
+    "find_folder",
+    "fingerprint",
+    "load_base",
+    "load_tokenizer",
+    "read_config",
+    "resolve_device",
+    "resolve_dtype",
+    "shapes",
+    "weight_files",
+]

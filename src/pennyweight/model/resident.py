@@ -1,0 +1,147 @@
+"""A base model and its tokenizer, resident on one device, shared by every adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pennyweight.errors import ModelError
+from pennyweight.model.folder import fingerprint
+from pennyweight.route import Route
+
+__all__ = ["BaseModel", "Head", "check_head"]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head: logits = softcap(scale * (h W^T + b)).
+
+    `weight` is `[vocab, d]`; `softcap` bounds logits as cap * tanh(logits / cap) (Gemma 2,
+    section 2); `trainable` says that the weight itself is trained. `wrapped` says that something
+    stands around the plain weight, an adapter say: then only calling `module` is right.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+    trainable: bool
+    wrapped: bool
+    module: nn.Module
+
+
+class BaseModel:
+    """One base model and its tokenizer, resident on one device, shared by every adapter."""
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        folder: Path,
+        quantization: str,
+        dtype: torch.dtype,
+        mixed: bool,
+        stop_ids: tuple[int, ...],
+    ) -> None:
+        self.module, self.tokenizer = module, tokenizer
+        self.name, self.folder = name, folder
+        self.quantization, self.dtype = quantization, dtype
+        self.mixed, self.stop_ids = mixed, stop_ids
+        self.route = Route()
+        self.fingerprint = fingerprint(folder)
+        for layer in module.modules():
+            if hasattr(layer, "layer_idx"):
+                layer.pennyweight_route = self.route
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.head.weight.shape[0])
+
+    @property
+    def max_positions(self) -> int:
+        return int(getattr(_text_config(self.module), "max_position_embeddings", 2**31))
+
+    def hidden(
+        self, ids: Int64[Tensor, " tokens"], positions: Int64[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens d"]:
+        """Last hidden states of one flat row; the caller has set `route.over(...)`."""
+        with self._precision():
+            out = self.module.base_model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False
+            )
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
+        """Logits in float32; scaled and capped as the model's own forward does."""
+        head = self.head
+        with self._precision():
+            logits = head.module(hidden).float() * head.scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+    @property
+    def head(self) -> Head:
+        module = self.module.get_output_embeddings()
+        plain = getattr(module, "base_layer", module)
+        config = _text_config(self.module)
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return Head(
+            weight=plain.weight,
+            bias=getattr(plain, "bias", None),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=scale,
+            trainable=plain.weight.requires_grad,
+            wrapped=plain is not module,
+            module=module,
+        )
+
+    def write_folder(self, folder: Path) -> None:
+        """The whole model as a plain Hugging Face folder, its config as the base's was."""
+        self.module.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(self.module.dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """bf16 products over float32 weights (full fine-tuning on a GPU); nothing elsewhere."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.mixed):
+            yield
+
+
+def check_head(base: BaseModel) -> None:
+    """Our hidden → head → logits path must give what the model's own forward gives."""
+    ids = torch.tensor([0, 1, 2, 3], device=base.device)
+    positions = torch.arange(4, device=base.device)
+    with torch.inference_mode(), base.route.over((0, 4), (None,)), base._precision():
+        theirs = (
+            base.module(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+            .logits[0]
+            .float()
+        )
+        ours = base.logits(base.hidden(ids, positions))
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+        raise ModelError(
+            f"{type(base.module).__name__}: its logits are more than its head applied to its hidden states "
+            f"(largest difference {float((ours - theirs).abs().max()):.3g}); this architecture is not supported"
+        )
+
+
+def _text_config(module: PreTrainedModel) -> PretrainedConfig:
+    return module.config.get_text_config(decoder=True)

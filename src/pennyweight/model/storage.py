@@ -1,0 +1,185 @@
+"""Quantizing while reading: each linear weight is held in fewer bits the moment it arrives.
+
+A quantizer at transformers' public extension point takes the weights from transformers' own
+loader, which knows renamed keys, tied weights and buffers; so the full-precision model never
+stands in memory whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pennyweight.errors import ModelError
+from pennyweight.lora.layer import linear_shape
+from pennyweight.quant import (
+    Quantized4Bit,
+    Quantized8Bit,
+    QuantizedLinear,
+    dequantize_4bit,
+    dequantize_8bit,
+    from_bitsandbytes,
+    quantize_4bit,
+    quantize_8bit,
+)
+
+__all__ = ["Storage", "StreamConfig", "StreamQuantizer"]
+
+
+class Storage:
+    """Turns the weights of linear layers into what the run asked for, one at a time."""
+
+    def __init__(self, quantization: str, double_quantization: bool, device: torch.device) -> None:
+        self.quantization, self.double = quantization, double_quantization
+        self.device = device
+        self.stored: dict[str, Quantized4Bit | Quantized8Bit] = {}
+        self.held: dict[str, Quantized4Bit | Quantized8Bit] = {}
+        self.faults: list[str] = []
+
+    def take_prequantized(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Fold bitsandbytes' companions of each weight (`weight.absmax`, ...) into values kept here."""
+        roots = {k.rpartition(".weight.")[0] for k in tensors if ".weight." in k}
+        roots |= {k.removesuffix(".SCB") for k in tensors if k.endswith(".SCB")}
+        plain = {}
+        groups: dict[str, dict[str, Tensor]] = {root: {} for root in roots}
+        for key, lazy in tensors.items():
+            root = next((r for r in _parents(key) if r in groups), None)
+            if root is None or key == f"{root}.bias":
+                plain[key] = lazy
+            else:
+                groups[root][key.removeprefix(root + ".")] = (
+                    lazy[...] if lazy.get_shape() else _scalar(lazy)
+                )
+        for root, parts in groups.items():
+            value = from_bitsandbytes(parts)
+            if self.quantization == "none":
+                plain[f"{root}.weight"] = _dense(value)
+            else:
+                self.stored[f"{root}.weight"] = value
+                plain[f"{root}.weight"] = torch.zeros(tuple(value.shape))
+        return plain
+
+    def hold(self, key: str, weight: Tensor, layer: nn.Module) -> None:
+        """Keep the weight `[out, in]` named `key` in the storage asked for; faults are collected."""
+        try:
+            value = self.stored.pop(key, None) or self._quantized(weight.to(self.device))
+        except ModelError as fault:
+            self.faults.append(f"{key}: {fault}")
+            return
+        if tuple(value.shape) != linear_shape(layer):
+            found, asked = tuple(value.shape), linear_shape(layer)
+            self.faults.append(f"weight {key} has shape {found}, the config asks for {asked}")
+        self.held[key] = value
+
+    def take_held(self) -> Iterator[tuple[str, Quantized4Bit | Quantized8Bit]]:
+        """Hand over each held value once, so that none stands twice."""
+        while self.held:
+            yield self.held.popitem()
+
+    def _quantized(self, weight: Tensor) -> Quantized4Bit | Quantized8Bit:
+        if self.quantization == "int8":
+            return quantize_8bit(weight)
+        return quantize_4bit(weight, format=self.quantization, double_quantization=self.double)
+
+
+class StreamConfig(QuantizationConfigMixin):
+    """Carries the storage through transformers' loader."""
+
+    def __init__(self, store: Storage | None = None, **_: Any) -> None:
+        self.quant_method = "pennyweight"
+        self.store = store
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}
+
+
+class StreamQuantizer(HfQuantizer):
+    """Quantizes each linear weight as transformers' loader hands it over, then drops it."""
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.targets: set[str] = set()
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        head = model.get_output_embeddings()
+        self.targets = {
+            f"{name}.weight"
+            for name, layer in model.named_modules()
+            if (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
+            and layer is not head
+        }
+        return model
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        return param_name in self.targets
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self.quantization_config.store)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        for key, value in self.quantization_config.store.take_held():
+            path = key.removesuffix(".weight")
+            layer = model.get_submodule(path)
+            linear = QuantizedLinear(value, layer.bias, compute_dtype=None)
+            linear.fan_in_fan_out = type(layer).__name__ == "Conv1D"
+            model.set_submodule(path, linear)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _Quantize(ConversionOps):
+    """One weight in, its quantized value kept by the storage, an empty placeholder out.
+
+    The layers themselves are replaced when all is read: until then transformers expects to find
+    its own.
+    """
+
+    def __init__(self, store: Storage) -> None:
+        self.store = store
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        assert model is not None
+        empty = {}
+        for key, given in input_dict.items():
+            weight = given[0] if isinstance(given, list) else given
+            layer = model.get_submodule(key.removesuffix(".weight"))
+            transposed = type(layer).__name__ == "Conv1D"
+            self.store.hold(key, weight.T.contiguous() if transposed else weight, layer)
+            empty[key] = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        return empty
+
+
+def _dense(value: Quantized4Bit | Quantized8Bit) -> Tensor:
+    return dequantize_4bit(value) if isinstance(value, Quantized4Bit) else dequantize_8bit(value)
+
+
+def _scalar(lazy: Any) -> Tensor:
+    return lazy[()] if not hasattr(lazy, "get_dtype") else lazy[...]
+
+
+def _parents(key: str) -> Iterator[str]:
+    """`a.b.c` gives `a.b`, then `a`."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
