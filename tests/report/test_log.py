@@ -23,7 +23,7 @@ class Step:
 
 
 def test_an_event_is_one_line_with_its_time_and_kind(tmp_path: Path) -> None:
-    with Report(tmp_path / "run", every=0) as report:
+    with Report(tmp_path / "run") as report:
         report.event("start", model="builtin", note="two\nlines \ud800 ü")
         (line,) = report.path.read_bytes().splitlines()
     event = json.loads(line)
@@ -55,28 +55,43 @@ def test_numbers_that_are_not_finite_are_never_bare(tmp_path: Path) -> None:
 def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     def train(report: Report, first: int, last: int) -> None:
         for number in range(first, last + 1):
-            report.step(Step(number, loss=1 / number), total=6)
+            report.step(Step(number, loss=1 / number), total_steps=6, every=100)
             if number % 2 == 0:
                 report.event("evaluation", number=number, loss=1 / number)
 
-    with Report(tmp_path / "whole", every=0) as whole:
+    with Report(tmp_path / "whole") as whole:
+        whole.begin()
         train(whole, 1, 6)
-    with Report(tmp_path / "cut", every=0) as cut:
+    with Report(tmp_path / "cut") as cut:
         train(cut, 1, 3)
-        offset = cut.durable_offset()
+        offset = cut.offset
         train(cut, 4, 5)
     with cut.path.open("ab") as log:
         log.write(b'{"kind": "st')  # killed within a write
-    with Report.resume(tmp_path / "cut", offset, every=0) as resumed:
+    with Report(tmp_path / "cut") as resumed:
+        resumed.event("plan", peak_bytes=1)
+        resumed.resume(offset)
         train(resumed, 4, 6)
     assert metrics_of(read_events(cut.path)) == metrics_of(read_events(whole.path))
+    assert [event["kind"] for event in read_events(cut.path)].count("plan") == 1
+
+
+def test_a_run_that_begins_forgets_one_that_left_no_checkpoint(tmp_path: Path) -> None:
+    with Report(tmp_path) as report:
+        report.event("step", number=1)
+    with Report(tmp_path) as report:
+        report.event("plan", peak_bytes=1)
+        report.begin()
+        report.evaluation(1, 0.5)
+    assert [event["kind"] for event in read_events(report.path)] == ["plan", "evaluation"]
 
 
 @pytest.mark.parametrize("offset", [7, 10_000])
 def test_a_changed_log_is_kept_and_said_and_never_blocks(tmp_path: Path, offset: int) -> None:
     with Report(tmp_path) as report:
         report.event("step", number=1)
-    with Report.resume(tmp_path, offset) as report:
+    with Report(tmp_path) as report:
+        report.resume(offset)
         report.event("step", number=2)
     assert [event["kind"] for event in read_events(report.path)] == ["step", "log_changed", "step"]
 
@@ -106,9 +121,9 @@ def test_a_full_disk_is_said_and_leaves_no_torn_line(tmp_path: Path) -> None:
 def test_progress_is_told_first_last_and_every_so_often(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Report(tmp_path, every=10) as report:
+    with Report(tmp_path) as report:
         for number in range(1, 26):
-            report.step(Step(number, loss=1.25), total=25)
+            report.step(Step(number, loss=1.25), total_steps=25, every=10)
     lines = capsys.readouterr().err.splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 10, 20, 25]
     assert lines[1] == "step 10/25   40%  loss 1.2500  lr 1.00e-04  200 tok/s  eta 0:08"
@@ -139,7 +154,7 @@ def test_sinks_get_the_numbers_of_numbered_events(tmp_path: Path) -> None:
             self.got.append((-1, {}))
 
     kept = Kept()
-    with Report(tmp_path, sinks=[kept], every=0) as report:
+    with Report(tmp_path, sinks=[kept]) as report:
         report.event("start", model="builtin")
         report.event("evaluation", number=3, loss=0.5, best=True, text="x")
     assert kept.got == [(3, {"evaluation/loss": 0.5, "evaluation/best": 1.0}), (-1, {})]
@@ -151,7 +166,7 @@ def test_an_absent_sink_names_its_extra(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError) as caught:
-        open_sinks(["wandb", "tensorboard"], tmp_path, {})
+        Report(tmp_path, sinks=["wandb", "tensorboard"])
     assert "pennyweight[wandb]" in str(caught.value)
     assert "pennyweight[tensorboard]" in str(caught.value)
-    assert open_sinks([], tmp_path, {}) == ()
+    assert open_sinks([], tmp_path) == ()

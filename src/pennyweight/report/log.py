@@ -23,7 +23,7 @@ from typing import Any
 
 from pennyweight.errors import DiskError
 from pennyweight.report.progress import Pace, progress_line
-from pennyweight.report.sinks import Sink
+from pennyweight.report.sinks import Sink, open_sinks
 
 __all__ = ["CLOCK_FIELDS", "Report", "metrics_of", "read_events"]
 
@@ -34,44 +34,48 @@ CLOCK_FIELDS = frozenset({"time", "seconds", "tokens_per_second", "eta_seconds"}
 class Report:
     """The log of one run, its progress lines and its sinks.
 
-    `every`: optimizer steps between progress lines; 0 prints none.
+    `sinks`: names of `train.report_to`, or sinks. A run that is under way again calls `begin` or
+    `resume` before its first step; until then its events wait behind those of the earlier one.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        sinks: Sequence[Sink] = (),
-        every: int = 10,
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, sinks: Sequence[str | Sink] = ()) -> None:
         self.path = Path(folder) / "events.jsonl"
-        self._sinks = tuple(sinks)
-        self._every = every
+        names = [sink for sink in sinks if isinstance(sink, str)]
+        ready = [sink for sink in sinks if not isinstance(sink, str)]
+        self._sinks = (*open_sinks(names, folder), *ready)
         self._pace = Pace()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise _unwritable(self.path, error) from error
-        _cut_torn_line(self._file)
+        self._opened_at = _cut_torn_line(self._file)
 
-    @classmethod
-    def resume(cls, folder: str | os.PathLike[str], at_offset: int, **options: Any) -> Report:
-        """Open the log of a run that goes on from a checkpoint which recorded `at_offset` bytes.
+    def begin(self) -> None:
+        """Forget the events of an earlier run of this folder that left no checkpoint."""
+        self._keep(0)
+
+    def resume(self, at_offset: int) -> None:
+        """Forget the events after `at_offset`, the bytes that the run's checkpoint recorded.
 
         A log that is shorter, or has no line ending there, was changed by somebody; it is kept as
         it is, and the event `log_changed` says so: training goes on.
         """
-        report = cls(folder, **options)
-        length = os.fstat(report._file).st_size
-        whole = at_offset == 0 or (
-            at_offset <= length and os.pread(report._file, 1, at_offset - 1) == b"\n"
+        ends_a_line = at_offset == 0 or (
+            at_offset <= self._opened_at and os.pread(self._file, 1, at_offset - 1) == b"\n"
         )
-        if whole:
-            os.ftruncate(report._file, at_offset)
+        if ends_a_line:
+            self._keep(at_offset)
         else:
-            report.event("log_changed", recorded_bytes=at_offset, found_bytes=length)
-        return report
+            self.event("log_changed", recorded_bytes=at_offset, found_bytes=self._opened_at)
+
+    def _keep(self, offset: int) -> None:
+        """Cut what an earlier run logged after `offset`; what was logged since opening moves up."""
+        length = os.fstat(self._file).st_size
+        since = os.pread(self._file, length - self._opened_at, self._opened_at)
+        os.ftruncate(self._file, offset)
+        self._append(since)
+        self._opened_at = offset
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line. Numbers that are not finite are written as the texts nan, inf, -inf."""
@@ -91,31 +95,36 @@ class Report:
             for sink in self._sinks:
                 sink.write(number, values)
 
-    def step(self, step: Any, *, total: int, **fields: Any) -> None:
-        """Log a training step (its fields, and `fields`), and print a line every so often.
+    def step(self, step: Any, *, total_steps: int, every: int = 10) -> None:
+        """Log a training step, and print a line for the first, the last and each `every`th.
 
         `step` is a dataclass with number, loss, learning_rate, tokens and seconds.
         """
-        self.event("step", **_fields_of(step), **fields)
+        self.event("step", **_fields_of(step))
         self._pace.add(tokens=step.tokens, seconds=step.seconds)
-        last = step.number == total
-        if self._every and (step.number == 1 or step.number % self._every == 0 or last):
+        if step.number in (1, total_steps) or step.number % every == 0:
             self.say(
                 progress_line(
                     step.number,
-                    total,
+                    total_steps,
                     loss=step.loss,
                     learning_rate=step.learning_rate,
                     tokens_per_second=self._pace.tokens_per_second,
-                    eta_seconds=self._pace.seconds_a_step * (total - step.number),
+                    eta_seconds=self._pace.seconds_a_step * (total_steps - step.number),
                 )
             )
+
+    def evaluation(self, number: int, loss: float, **fields: Any) -> None:
+        """Log the held-out loss after step `number`, in nats per trained token, and print it."""
+        self.event("evaluation", number=number, loss=loss, **fields)
+        self.say(f"  held out after step {number}: loss {loss:.4f}")
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
         print(text, file=sys.stderr, flush=True)
 
-    def durable_offset(self) -> int:
+    @property
+    def offset(self) -> int:
         """The log's length in bytes once all of it is on the disk, for a checkpoint to record."""
         try:
             os.fsync(self._file)
@@ -154,8 +163,8 @@ class Report:
             raise _unwritable(self.path, error) from error
 
 
-def _cut_torn_line(file: int) -> None:
-    """Remove what follows the last line end: a line whose writing was cut short by a kill."""
+def _cut_torn_line(file: int) -> int:
+    """Remove what follows the last line end, a line cut short by a kill; gives the length."""
     length = end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - 65536)
@@ -166,6 +175,7 @@ def _cut_torn_line(file: int) -> None:
         end = start
     if end != length:
         os.ftruncate(file, end)
+    return end
 
 
 def _unwritable(path: Path, error: OSError) -> DiskError:

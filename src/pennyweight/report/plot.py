@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pennyweight.errors import ConfigError
+from pennyweight.report.log import read_events
 
 __all__ = ["plot_losses", "smoothed"]
 
@@ -18,21 +18,22 @@ Points = list[tuple[int, float]]
 
 
 def plot_losses(
-    events: Iterable[Mapping[str, Any]],
+    events: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
     path: str | os.PathLike[str],
     *,
     title: str = "Loss in nats per trained token",
-) -> None:
+) -> str | None:
     """Draw the `step` and `evaluation` events of a log (fields `number`, `loss`, `learning_rate`).
 
-    Raises ConfigError naming the extra when matplotlib is absent.
+    Gives None, or why nothing was drawn: a picture is not worth a run, so nothing is raised when
+    matplotlib is absent.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError(
-            'loss plot: matplotlib is not installed: `pip install "pennyweight[plots]"`'
-        ) from None
+        return 'no loss plot: matplotlib is absent; `pip install "pennyweight[plots]"` adds it'
+    if isinstance(events, str | os.PathLike):
+        events = read_events(events)
     kept = list(events)
     train, rate = _points(kept, "step", "loss"), _points(kept, "step", "learning_rate")
     held_out = _points(kept, "evaluation", "loss")
@@ -50,6 +51,7 @@ def plot_losses(
     for axes in (upper, lower):
         _quieten(axes)
     figure.savefig(path)
+    return None
 
 
 def smoothed(losses: Sequence[float], span: float) -> list[float]:

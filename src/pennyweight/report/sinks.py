@@ -23,14 +23,12 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(
-    names: Sequence[str], folder: str | os.PathLike[str], settings: Mapping[str, Any]
-) -> tuple[Sink, ...]:
-    """The sinks of `train.report_to`; `settings` is the run's description, shown beside the curves.
+def open_sinks(names: Sequence[str], folder: str | os.PathLike[str]) -> tuple[Sink, ...]:
+    """The sinks of `train.report_to`, for the run in this folder.
 
     Raises ConfigError naming the extra to install for each that is missing.
     """
-    kinds: dict[str, Callable[[Path, Mapping[str, Any]], Sink]]
+    kinds: dict[str, Callable[[Path], Sink]]
     kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb}
     faults = []
     for name in names:
@@ -41,15 +39,14 @@ def open_sinks(
             faults.append(f"train.report_to: {name} is not installed: {mend}")
     if faults:
         raise ConfigError.all(faults)
-    return tuple(kinds[name](Path(folder), settings) for name in names)
+    return tuple(kinds[name](Path(folder)) for name in names)
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
-        self._writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
 
     def write(self, number: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -60,7 +57,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         wandb = importlib.import_module("wandb")
         # The same folder again is the same run again, so that a resumed curve goes on.
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
@@ -69,7 +66,6 @@ class _Wandb:
             id=name,
             name=folder.name,
             dir=str(folder),
-            config=dict(settings),
             resume="allow",
         )
 
