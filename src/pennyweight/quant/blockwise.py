@@ -168,12 +168,17 @@ def dequantize_4bit(
     assert out.is_contiguous()
     assert dtype in (None, out.dtype), (dtype, out.dtype)
     flat, scales, table = out.view(-1), block_scales(q), pair_table(q.format, q.codes.device)
-    for start, stop in chunks(flat.numel(), q.codes.device):
+    for start, stop in chunks(flat.numel(), out.device):
         # One gather of 8 bytes fetches the two levels of a byte.
         index = q.codes[start // 2 : -(-stop // 2)].int()
         levels = table.index_select(0, index).view(torch.float32)[: stop - start]
         blocks = scales[start // q.block_size : -(-stop // q.block_size)]
-        _multiply_blocks(levels, blocks, q.block_size, out=flat[start:stop])
+        # A product written to another dtype is first made in full beside it; in place it is not.
+        direct = out.dtype == torch.float32
+        product = flat[start:stop] if direct else levels
+        _multiply_blocks(levels, blocks, q.block_size, out=product)
+        if not direct:
+            flat[start:stop] = product
     return out
 
 
