@@ -1,0 +1,430 @@
+"""The front page: a run's description in, an adapter (or a whole tuned model) out.
+
+`finetune` is the way of one run; every stop is a line or two here and a room elsewhere. The same
+description again resumes: all that the run needs to go on stands in its output folder.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pennyweight.config import RunConfig, resolve
+from pennyweight.data.batch import Batch, collate, order
+from pennyweight.data.conversation import Example
+from pennyweight.data.prepare import Prepared, prepare
+from pennyweight.errors import ConfigError, Interrupted
+from pennyweight.evaluate import LossReport, evaluate_loss, paired, read_by
+from pennyweight.lora import attach, trained_parameters
+from pennyweight.model import BaseModel, load_base
+from pennyweight.optim import adamw, lr_at
+from pennyweight.plan import DataSize, Plan, plan
+from pennyweight.report import Report, plot_losses, read_events
+from pennyweight.runs import RunFolder, adapter_slot
+from pennyweight.train import (
+    CheckpointState,
+    RunLock,
+    Step,
+    StopRequest,
+    Trainee,
+    enable_checkpointing,
+    load_latest,
+    load_step,
+    peak_memory_bytes,
+    planned_steps,
+    random_tensors,
+    require_same,
+    restore_random,
+    retire,
+    save,
+    tidy,
+    train,
+)
+
+__all__ = ["RunResult", "finetune"]
+
+# Settings that may change between a run and its resumption: they do not touch what is learned.
+FREE_TO_CHANGE = frozenset(
+    {
+        "train.logging_steps",
+        "train.save_steps",
+        "train.save_total_limit",
+        "train.report_to",
+        "base.device",
+        "base.attention",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run came to. Losses in nats per trained token of the held-out rows, None without any."""
+
+    output_dir: str
+    steps: int
+    best_step: int
+    trained_tokens: int
+    train_seconds: float
+    loss_before: float | None
+    loss_after: float | None
+    loss_change: dict[str, Any] | None
+    peak_memory_bytes: int | None
+    planned_peak_bytes: int
+    trained_parameters: int
+    resumed_from: int | None
+    notices: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def finetune(
+    config: RunConfig,
+    *,
+    origin: Mapping[str, str] | None = None,
+    text: str | None = None,
+) -> RunResult:
+    """Train what `config` describes; everything it makes is in `config.output_dir`.
+
+    `origin` and `text` (where each value came from, the YAML as written) are kept beside the
+    result. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
+    """
+    config = resolve(config)
+    folder = RunFolder(Path(config.output_dir))
+    with RunLock(folder.path), StopRequest() as stop:
+        tidy(folder.checkpoints)
+        base = load_base(config.base, trainable=config.train.method == "full")
+        data = prepare(config.data, base.tokenizer, seed=config.seed, stop_id=_stop_id(base))
+        predicted = plan(config, rows=_size(data))
+        if predicted.recompute != "none" or config.train.gradient_checkpointing is True:
+            enable_checkpointing(base)
+        with _Run(config, folder, base, data) as run:
+            resumed = run.resume()
+            folder.describe(config, origin=origin, text=text)
+            data.ledger.write(folder.ledger)
+            run.introduce(predicted, resumed)
+            for step in train(
+                run.trainee,
+                run.micro_batches,
+                run.collated,
+                total_steps=run.total_steps,
+                accumulation=config.train.gradient_accumulation_steps,
+                stop=lambda: stop() or run.stopped_early,
+            ):
+                run.after(step)
+            if stop() and run.trainee.step < run.total_steps and not run.stopped_early:
+                run.save()
+                raise Interrupted(
+                    f"{stop()} after step {run.trainee.step} of {run.total_steps}: everything is "
+                    "saved, and the same command resumes"
+                )
+            return run.finish(predicted, resumed)
+
+
+class _Run:
+    """One run under way: what learns, where it stands, what was best."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        base: BaseModel,
+        data: Prepared,
+    ) -> None:
+        self.config, self.folder, self.base, self.data = config, folder, base, data
+        self.slot = adapter_slot(config)
+        self.parameters = _what_learns(base, config)
+        self.total_steps = config.train.max_steps or planned_steps(
+            self.micro_batches,
+            epochs=config.train.epochs,
+            accumulation=config.train.gradient_accumulation_steps,
+        )
+        self.trainee = _trainee(base, config, self.parameters, self.total_steps)
+        self.eval_every = config.train.eval_steps or max(1, self.total_steps // 10)
+        self.save_every = config.train.save_steps or self.eval_every
+        self.best_step, self.best_loss, self.misses = 0, math.inf, 0
+        self.loss_before: float | None = None
+        self.train_seconds = 0.0
+        self.stopped_early = False
+        self.notices: list[str] = []
+        self.report = Report(folder.path, sinks=config.train.report_to)
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.report.close()
+
+    def micro_batches(self, epoch: int) -> list[tuple[int, ...]]:
+        """The epoch's micro-batches as indices of examples; a pure function of seed and epoch."""
+        train = self.config.train
+        budget = train.batch_size * self.config.data.max_length
+        if train.tokens_per_step is not None:
+            budget = max(1, train.tokens_per_step // train.gradient_accumulation_steps)
+        packing = self.config.data.packing
+        return order(
+            self.data.train.lengths,
+            seed=self.config.seed,
+            epoch=epoch,
+            budget_tokens=budget if packing else None,
+            rows=None if packing else train.batch_size,
+        )
+
+    def collated(self, indices: Sequence[int]) -> Batch:
+        return collate([self.data.train[i] for i in indices], self.slot)
+
+    def resume(self) -> int | None:
+        """Take up the newest whole checkpoint, if there is one of this very run; gives its step."""
+        found = load_latest(self.folder.checkpoints)
+        if found is None:
+            self.report.begin()
+            return None
+        state, passed_over = found
+        require_same(state.identity, self.identity())
+        self.trainee.restore(state.tensors, state.progress)
+        restore_random(state.tensors)
+        own = state.progress["run"]
+        self.best_step, self.best_loss = own["best_step"], own["best_loss"] or math.inf
+        self.misses, self.stopped_early = own["misses"], own["stopped_early"]
+        self.loss_before, self.train_seconds = own["loss_before"], own["train_seconds"]
+        self.notices = own["notices"]
+        self.report.resume(own["events_offset"])
+        for why in passed_over:
+            self.notice(f"passed over a checkpoint that is not whole: {why}")
+        return state.step
+
+    def introduce(self, predicted: Plan, resumed: int | None) -> None:
+        """Say what is about to happen, and measure the base before anything is learned."""
+        for line in self.data.ledger.lines():
+            self.report.say(line)
+        self.report.say(predicted.sentence())
+        if resumed is not None:
+            self.report.say(f"resumed after step {resumed} of {self.total_steps}")
+            return
+        self.report.event(
+            "start",
+            versions=versions(),
+            data=self.data.ledger.summary(),
+            planned_peak_bytes=predicted.peak_bytes,
+        )
+        self.loss_before = self._held_out(None)
+        if self.loss_before is not None:
+            self.report.evaluation(0, self.loss_before)
+
+    def after(self, step: Step) -> None:
+        """What follows an optimizer step: report, evaluate, checkpoint."""
+        self.train_seconds += step.seconds
+        self.report.step(step, total_steps=self.total_steps, every=self.config.train.logging_steps)
+        for notice in step.notices:
+            self.notice(notice)
+        last = step.number == self.total_steps
+        improved = False
+        if step.number % self.eval_every == 0 or last:
+            improved = self._evaluate(step.number)
+        if step.number % self.save_every == 0 or last or improved or self.stopped_early:
+            self.save()
+
+    def save(self) -> None:
+        """A checkpoint of this instant; older ones make room."""
+        own = {
+            "best_step": self.best_step,
+            "best_loss": self.best_loss if self.best_step else None,
+            "misses": self.misses,
+            "loss_before": self.loss_before,
+            "train_seconds": self.train_seconds,
+            "stopped_early": self.stopped_early,
+            "notices": self.notices,
+            "events_offset": self.report.offset,
+        }
+        state = CheckpointState(
+            step=self.trainee.step,
+            tensors=self.trainee.tensors() | random_tensors(),
+            progress=self.trainee.progress() | {"run": own, "versions": versions()},
+            identity=self.identity(),
+        )
+        save(self.folder.checkpoints, state)
+        retire(self.folder.checkpoints, self.config.train.save_total_limit, self.best_step)
+
+    def finish(self, predicted: Plan, resumed: int | None) -> RunResult:
+        """Write the best weights out, with the receipt and the picture."""
+        steps, trained_tokens = self.trainee.step, self.trainee.trained_tokens_seen
+        if self.best_step and self.best_step != self.trainee.step:
+            self.notice(
+                f"step {self.best_step} was best on the held-out rows; its weights are kept"
+            )
+            best = load_step(self.folder.checkpoints, self.best_step)
+            self.trainee.restore(best.tensors, best.progress)
+        change = self._change()
+        result = RunResult(
+            output_dir=str(self.folder.path),
+            steps=steps,
+            best_step=self.best_step or steps,
+            trained_tokens=trained_tokens,
+            train_seconds=self.train_seconds,
+            loss_before=self.loss_before,
+            loss_after=change["after"] if change else None,
+            loss_change=change,
+            peak_memory_bytes=peak_memory_bytes(self.base.device),
+            planned_peak_bytes=predicted.peak_bytes,
+            trained_parameters=sum(p.numel() for p in self.parameters.values()),
+            resumed_from=resumed,
+            notices=tuple(self.notices),
+        )
+        self.folder.keep_weights(self.base, self.config)
+        self.folder.write_receipt(
+            {
+                "result": result.to_dict(),
+                "config": self.config.model_dump(mode="json"),
+                "versions": versions(),
+                "data": self.data.fingerprint,
+                "base_fingerprint": self.base.fingerprint,
+                "plan": predicted.to_dict(),
+            }
+        )
+        self.report.event("finished", **result.to_dict())
+        try:
+            plot_losses(read_events(self.folder.events), self.folder.picture)
+        except ConfigError as absent:
+            self.report.say(str(absent))
+        return result
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must share with the run that takes it up."""
+        parts = {"data": self.data.fingerprint, "base": self.base.fingerprint}
+        for key, value in _flat(self.config.model_dump(mode="json")):
+            group = key.partition(".")[0]
+            if group in ("base", "adapter", "data", "train", "seed") and key not in FREE_TO_CHANGE:
+                parts[key] = repr(value)
+        return parts
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+        self.report.event("notice", text=text)
+        self.report.say(text)
+
+    def _evaluate(self, number: int) -> bool:
+        """Held-out loss now; whether it is the best so far."""
+        loss = self._held_out(self.slot)
+        if loss is None:
+            return False
+        self.report.evaluation(number, loss)
+        improved = loss < self.best_loss
+        self.misses = 0 if improved else self.misses + 1
+        if improved:
+            self.best_step, self.best_loss = number, loss
+        patience = self.config.train.early_stopping_patience
+        if patience is not None and self.misses >= patience:
+            self.stopped_early = True
+            self.notice(
+                f"no better held-out loss in {patience} evaluations: stopped at step {number}"
+            )
+        return improved
+
+    def _held_out(self, adapter: str | None) -> float | None:
+        report = self._loss_report(adapter)
+        return None if report is None else report.loss
+
+    def _loss_report(self, adapter: str | None) -> LossReport | None:
+        rows = self.data.eval[: self.config.evaluate.max_rows]
+        return evaluate_loss(self.base, read_by(in_batches(rows), adapter)) if len(rows) else None
+
+    def _change(self) -> dict[str, Any] | None:
+        """Held-out loss before and after on the same rows, with the interval of the difference."""
+        after = self._loss_report(self.slot)
+        if after is None:
+            return None
+        told: dict[str, Any] = {
+            "before": self.loss_before,
+            "after": after.loss,
+            "rows": len(after.sources),
+        }
+        if self.slot is not None:
+            before = self._loss_report(None)
+            assert before is not None
+            told["difference"] = paired(before, after).to_dict()
+        return told
+
+
+def _size(data: Prepared) -> DataSize:
+    lengths = data.train.lengths
+    return DataSize(rows=len(lengths), tokens=int(sum(lengths)), longest=int(max(lengths)))
+
+
+def _stop_id(base: BaseModel) -> int | None:
+    """What ends a document where the template names nothing: the model's own first stop token."""
+    return base.stop_ids[0] if base.stop_ids else None
+
+
+def in_batches(examples: Sequence[Example], *, budget_tokens: int = 4096) -> Iterator[Batch]:
+    """Held-out rows in their own order, as many to a batch as the budget holds, one at the least."""
+    waiting: list[Example] = []
+    for example in examples:
+        if waiting and sum(len(e.ids) for e in waiting) + len(example.ids) > budget_tokens:
+            yield collate(waiting)
+            waiting = []
+        waiting.append(example)
+    if waiting:
+        yield collate(waiting)
+
+
+def versions() -> dict[str, str]:
+    """Versions a reader needs to repeat a run."""
+    names = ("pennyweight", "torch", "transformers", "tokenizers", "safetensors")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _what_learns(base: BaseModel, config: RunConfig) -> dict[str, nn.Parameter]:
+    """Parameters by name: a fresh adapter's, or the whole model's."""
+    if config.train.method != "full":
+        attach(base, config.adapter, seed=config.seed)
+        return trained_parameters(base, "default")
+    if base.quantization != "none":
+        raise ConfigError("train.method full needs base.quantization none")
+    return {name: p for name, p in base.module.named_parameters() if p.requires_grad}
+
+
+def _trainee(
+    base: BaseModel, config: RunConfig, parameters: Mapping[str, nn.Parameter], total_steps: int
+) -> Trainee:
+    train = config.train
+    assert train.learning_rate is not None, "resolve() fills it"
+    warmup = train.warmup_steps
+    if warmup is None:
+        warmup = round(train.warmup_ratio * total_steps)
+    peak, kind, floor = train.learning_rate, train.lr_scheduler_type, train.min_lr_ratio
+    return Trainee(
+        base,
+        parameters.items(),
+        adamw(
+            parameters,
+            weight_decay=train.weight_decay,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            loraplus_lr_ratio=config.adapter.loraplus_lr_ratio,
+        ),
+        learning_rate_at=lambda step: lr_at(
+            step,
+            peak=peak,
+            total_steps=total_steps,
+            warmup_steps=warmup,
+            kind=kind,
+            min_ratio=floor,
+        ),
+        max_grad_norm=train.max_grad_norm,
+        seed=config.seed,
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
