@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pennyweight.attention import KVCache
 from pennyweight.errors import ConfigError, DivergedError
-from pennyweight.lora.adapter import attached
+from pennyweight.lora import attached
 from pennyweight.model import BaseModel
 
 __all__ = ["Completion", "Decoding", "Request", "Token", "draw", "generate", "stream"]

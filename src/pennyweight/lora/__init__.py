@@ -1,7 +1,7 @@
 """Low-rank adapters: the formula, the layer, the value, and their place beside a base."""
 
-from pennyweight.lora.adapter import (
-    Adapter,
+from pennyweight.lora.adapter import Adapter
+from pennyweight.lora.binding import (
     adapter_of,
     attach,
     attached,

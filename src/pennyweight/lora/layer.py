@@ -111,9 +111,8 @@ class AdaptedModule(nn.Module):
         segments = self.route.segments()
         if len(segments) == 1:
             return [(segments[0][0], 0, rows)]
-        assert segments and segments[-1][2] == rows, (
-            f"{self.path}: {rows} rows, the route says {segments}"
-        )
+        covered = segments[-1][2] if segments else 0
+        assert covered == rows, f"{self.path}: {rows} rows, the route says {segments}"
         return segments
 
 
@@ -152,7 +151,7 @@ class LoraLinear(AdaptedModule):
         seed = None
         if factors.dropout and self.route.dropout_seed is not None:
             seed = stable_seed(self.route.dropout_seed, self.path)
-        delta = lora_delta(
+        return lora_delta(
             x,
             factors.lora_A,
             factors.lora_B,
@@ -160,7 +159,6 @@ class LoraLinear(AdaptedModule):
             dropout=factors.dropout,
             seed=seed,
         )
-        return delta
 
 
 class CopiedWeight(nn.Module):

@@ -13,7 +13,7 @@ from pennyweight.config import LoraConfig
 from pennyweight.errors import AdapterError
 from pennyweight.lora.layer import AdaptedModule
 
-__all__ = ["alpha_of", "linear_modules", "rank_of", "target_names", "targets"]
+__all__ = ["alpha_of", "ends_with", "linear_modules", "rank_of", "target_names", "targets"]
 
 Number = TypeVar("Number", int, float)
 
@@ -47,12 +47,12 @@ def targets(
     inner = [n for n in every if n != head]
     if isinstance(spec, str):
         return _by_pattern(inner, every, spec)
-    faults = [_nothing(t, every) for t in spec if not any(_ends_with(n, t) for n in every)]
+    faults = [_nothing(t, every) for t in spec if not any(ends_with(n, t) for n in every)]
     if faults or not spec:
         raise AdapterError.all(
             faults or ["adapter.target_modules is an empty list; `all-linear` is the usual choice"]
         )
-    return tuple(n for n in every if any(_ends_with(n, t) for t in spec))
+    return tuple(n for n in every if any(ends_with(n, t) for t in spec))
 
 
 def _by_pattern(inner: list[str], every: list[str], spec: str) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def _by_pattern(inner: list[str], every: list[str], spec: str) -> tuple[str, ...
 def target_names(chosen: Sequence[str], every: Sequence[str]) -> list[str]:
     """The shortest list that means `chosen` to PEFT: last names where they suffice, else full names."""
     leaves = sorted({n.rpartition(".")[2] for n in chosen})
-    if {n for n in every if any(_ends_with(n, leaf) for leaf in leaves)} == set(chosen):
+    if {n for n in every if any(ends_with(n, leaf) for leaf in leaves)} == set(chosen):
         return leaves
     return sorted(chosen)
 
@@ -97,7 +97,8 @@ def _patterned(name: str, patterns: Mapping[str, Number], default: Number) -> Nu
     return default
 
 
-def _ends_with(name: str, target: str) -> bool:
+def ends_with(name: str, target: str) -> bool:
+    """Whether `target` is the whole name or its last parts."""
     return name == target or name.endswith("." + target)
 
 

@@ -1,0 +1,303 @@
+"""Adapters beside a base: put there, bound strictly, found again and taken off.
+
+Every tensor has a place, every target is filled, shapes and the base's fingerprint agree; all
+faults come in one error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.config import LoraConfig
+from pennyweight.errors import AdapterError
+from pennyweight.lora.adapter import Adapter
+from pennyweight.lora.layer import (
+    AdaptedModule,
+    CopiedWeight,
+    LoraFactors,
+    LoraLinear,
+    TrainedCopy,
+    linear_shape,
+    stable_seed,
+)
+from pennyweight.lora.peft_layout import targeted
+from pennyweight.lora.targets import linear_modules, rank_of, target_names, targets
+from pennyweight.route import Route
+
+__all__ = [
+    "Resident",
+    "adapter_of",
+    "attach",
+    "attached",
+    "check_name",
+    "described",
+    "detach",
+    "trained_parameters",
+]
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@runtime_checkable
+class Resident(Protocol):
+    """What an adapter stands beside: a base model with its route and identity."""
+
+    module: Any
+    route: Route
+    name: str
+    fingerprint: str
+
+
+def check_name(name: str) -> str:
+    """The name if it may name an adapter: lower case, digits, `.`, `_`, `-`, at most 64; else AdapterError."""
+    if not NAME.fullmatch(name):
+        raise AdapterError(
+            f"adapter name {name[:80]!r}: names start with a-z or 0-9 and go on with a-z, 0-9, '.', '_' or '-', "
+            "64 characters at most"
+        )
+    return name
+
+
+def attach(
+    base: Resident,
+    what: LoraConfig | Adapter,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    trainable: bool = True,
+) -> tuple[str, ...]:
+    """Put an adapter beside the base's layers: fresh from a LoraConfig, or a loaded Adapter.
+
+    Returns the modules it stands beside. A fresh adapter changes nothing (B is zero). Its masters
+    are float32 on the base's device and, with `trainable`, require gradients.
+    """
+    check_name(name)
+    if name in attached(base):
+        raise AdapterError(
+            f"an adapter named {name!r} is attached already; detach it first or choose another name"
+        )
+    adapter = what if isinstance(what, Adapter) else _fresh(base, what, seed)
+    _bind(base, adapter)
+    device = next(base.module.parameters()).device
+    for path, (a, b) in adapter.factors.items():
+        factors = LoraFactors(
+            a.to(device, torch.float32, copy=True),
+            b.to(device, torch.float32, copy=True),
+            scaling=adapter.scaling(path),
+            dropout=adapter.config.lora_dropout,
+        )
+        _adapted(base, path, LoraLinear).put(name, factors.requires_grad_(trainable))
+    _attach_copies(base, adapter.saved, name, trainable)
+    return tuple(adapter.factors)
+
+
+def detach(base: Resident, name: str) -> None:
+    """Take an adapter off again; the base's layers stand as before when the last one goes."""
+    if name not in attached(base):
+        raise AdapterError(
+            f"no adapter named {name!r} is attached; attached are: {', '.join(attached(base)) or 'none'}"
+        )
+    for path, layer in list(base.module.named_modules()):
+        if isinstance(layer, AdaptedModule) and name in layer:
+            layer.drop(name)
+            if not layer.names():
+                base.module.set_submodule(path, layer.base_layer)
+
+
+def attached(base: Resident) -> list[str]:
+    """Names of the adapters beside the base."""
+    names = (
+        n
+        for layer in base.module.modules()
+        if isinstance(layer, AdaptedModule)
+        for n in layer.names()
+    )
+    return list(dict.fromkeys(names))
+
+
+def adapter_of(base: Resident, name: str, config: LoraConfig) -> Adapter:
+    """The attached adapter as a value; its tensors are the live masters, not copies."""
+    factors, saved = {}, {}
+    for path, layer in base.module.named_modules():
+        if isinstance(layer, AdaptedModule) and name in layer:
+            inner = layer.of(name)
+            if isinstance(inner, LoraFactors):
+                factors[path] = (inner.lora_A, inner.lora_B)
+            else:
+                saved[path] = inner.weight
+    if not factors and not saved:
+        raise AdapterError(
+            f"no adapter named {name!r} is attached; attached are: {', '.join(attached(base)) or 'none'}"
+        )
+    return Adapter(config, factors, saved, base_name=base.name, base_fingerprint=base.fingerprint)
+
+
+def trained_parameters(base: Resident, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by `module.lora_A`, `module.lora_B` or `module.weight`; a shared copy once."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for path, layer in base.module.named_modules():
+        if isinstance(layer, AdaptedModule) and name in layer:
+            for leaf, parameter in layer.of(name).named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    found[f"{path}.{leaf}"] = parameter
+    return found
+
+
+def _fresh(base: Resident, config: LoraConfig, seed: int) -> Adapter:
+    layers = linear_modules(base.module)
+    device = next(base.module.parameters()).device
+    factors = {}
+    for path in targets(layers, config.target_modules, head=_head_path(base)):
+        d_out, d_in = _shape(layers[path])
+        made = LoraFactors.fresh(
+            d_in,
+            d_out,
+            rank_of(path, config),
+            scaling=1.0,
+            dropout=0.0,
+            seed=stable_seed(seed, path),
+            device=device,
+        )
+        factors[path] = (made.lora_A.detach(), made.lora_B.detach())
+    saved = {
+        path: base.module.get_submodule(path).weight.detach()
+        for path in _copied_paths(base, config)
+    }
+    return Adapter(config, factors, saved, base_name=base.name, base_fingerprint=base.fingerprint)
+
+
+def _bind(base: Resident, adapter: Adapter) -> None:
+    """Refuse, all at once, what does not fit this base."""
+    layers = linear_modules(base.module)
+    modules = dict(base.module.named_modules())
+    faults = []
+    if adapter.base_fingerprint and adapter.base_fingerprint != base.fingerprint:
+        faults.append(
+            f"the adapter was trained beside {adapter.base_name or 'another base'} "
+            f"(fingerprint {adapter.base_fingerprint[:12]}), this base is {base.name} "
+            f"({base.fingerprint[:12]}): load the base it was trained beside"
+        )
+    for path, (a, b) in adapter.factors.items():
+        if path not in layers:
+            faults.append(
+                f"the adapter has factors for {path}, which is no linear module of this base"
+            )
+        elif (b.shape[0], a.shape[1]) != _shape(layers[path]):
+            d_out, d_in = _shape(layers[path])
+            faults.append(
+                f"{path}: the adapter maps {a.shape[1]} to {b.shape[0]}, the base's layer {d_in} to {d_out}"
+            )
+    faults += [
+        f"{p}: the config targets it, the file has no factors for it"
+        for p in _unfilled(base, adapter, layers)
+    ]
+    for path, weight in adapter.saved.items():
+        if not hasattr(modules.get(path), "weight"):
+            faults.append(
+                f"the adapter has a trained copy of {path}, which this base does not have"
+            )
+        elif tuple(weight.shape) != tuple(modules[path].weight.shape):
+            faults.append(
+                f"{path}: trained copy {tuple(weight.shape)}, base {tuple(modules[path].weight.shape)}"
+            )
+    if faults:
+        raise AdapterError.all(faults[:20])
+
+
+def _unfilled(base: Resident, adapter: Adapter, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Modules the adapter's own target list means, without factors in it."""
+    spec = adapter.config.target_modules
+    wanted: tuple[str, ...]
+    if isinstance(spec, str):
+        wanted = targets(layers, spec, head=_head_path(base))
+        wanted = tuple(n for n in wanted if targeted(n, (n,), adapter.about))
+    else:
+        wanted = tuple(n for n in layers if targeted(n, spec, adapter.about))
+    return [n for n in wanted if n not in adapter.factors and n not in adapter.saved]
+
+
+def _attach_copies(base: Resident, saved: Mapping[str, Tensor], name: str, trainable: bool) -> None:
+    """Full trained copies; the copies of tied weights are one parameter."""
+    shared: dict[int, nn.Parameter] = {}
+    device = next(base.module.parameters()).device
+    for path, weight in saved.items():
+        base_weight = _plain(base.module.get_submodule(path)).weight
+        key = base_weight.data_ptr()
+        if key not in shared:
+            shared[key] = nn.Parameter(
+                weight.to(device, torch.float32, copy=True), requires_grad=trainable
+            )
+        _adapted(base, path, TrainedCopy).put(name, CopiedWeight(shared[key]))
+
+
+def _copied_paths(base: Resident, config: LoraConfig) -> list[str]:
+    """Modules that `modules_to_save` names; of tied weights both places, for they are one."""
+    modules = {
+        n: m
+        for n, m in base.module.named_modules()
+        if isinstance(getattr(m, "weight", None), Tensor)
+    }
+    faults, chosen = [], []
+    for wanted in config.modules_to_save:
+        hits = [n for n in modules if n == wanted or n.endswith("." + wanted)]
+        if not hits:
+            faults.append(
+                f"adapter.modules_to_save: {wanted!r} names no module of this base that holds a weight"
+            )
+        chosen += hits
+    if faults:
+        raise AdapterError.all(faults)
+    pointers = {modules[n].weight.data_ptr() for n in chosen}
+    return [n for n, m in modules.items() if m.weight.data_ptr() in pointers]
+
+
+def _adapted(base: Resident, path: str, kind: type[AdaptedModule]) -> AdaptedModule:
+    """The wrapping layer at `path`, put there if this is the first adapter."""
+    layer = base.module.get_submodule(path)
+    if isinstance(layer, AdaptedModule):
+        if not isinstance(layer, kind):
+            raise AdapterError(
+                f"{path}: one adapter trains it whole, another by factors; choose one way"
+            )
+        return layer
+    wrapped = kind(layer, base.route, path)
+    base.module.set_submodule(path, wrapped)
+    return wrapped
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    return layer.base_layer if isinstance(layer, AdaptedModule) else layer
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    return linear_shape(_plain(layer))
+
+
+def _head_path(base: Resident) -> str | None:
+    head = base.module.get_output_embeddings()
+    return next((n for n, m in base.module.named_modules() if m is head), None)
+
+
+def described(adapter: Adapter, base: Resident, **about: Any) -> Adapter:
+    """The adapter with what PEFT wants to know of its base: short target names, Conv1D weights."""
+    layers = linear_modules(base.module)
+    plain = [_plain(layers[p]) for p in adapter.factors]
+    return replace(
+        adapter,
+        about={
+            **adapter.about,
+            "target_names": target_names(list(adapter.factors), list(layers)),
+            "fan_in_fan_out": any(
+                type(p).__name__ == "Conv1D" or getattr(p, "fan_in_fan_out", False) for p in plain
+            ),
+            **about,
+        },
+    )
