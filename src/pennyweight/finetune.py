@@ -18,10 +18,9 @@ from torch import nn
 
 from pennyweight.config import RunConfig, resolve
 from pennyweight.data.batch import Batch, collate, order
-from pennyweight.data.conversation import Example
 from pennyweight.data.prepare import Prepared, prepare
 from pennyweight.errors import ConfigError, Interrupted
-from pennyweight.evaluate import LossReport, evaluate_loss, paired, read_by
+from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, paired, read_by
 from pennyweight.lora import attach, trained_parameters
 from pennyweight.model import BaseModel, load_base
 from pennyweight.optim import adamw, lr_at
@@ -109,6 +108,7 @@ def finetune(
             resumed = run.resume()
             folder.describe(config, origin=origin, text=text)
             data.ledger.write(folder.ledger)
+            folder.keep_held_out(data, config.evaluate.max_rows)
             run.introduce(predicted, resumed)
             for step in train(
                 run.trainee,
@@ -360,18 +360,6 @@ def _size(data: Prepared) -> DataSize:
 def _stop_id(base: BaseModel) -> int | None:
     """What ends a document where the template names nothing: the model's own first stop token."""
     return base.stop_ids[0] if base.stop_ids else None
-
-
-def in_batches(examples: Sequence[Example], *, budget_tokens: int = 4096) -> Iterator[Batch]:
-    """Held-out rows in their own order, as many to a batch as the budget holds, one at the least."""
-    waiting: list[Example] = []
-    for example in examples:
-        if waiting and sum(len(e.ids) for e in waiting) + len(example.ids) > budget_tokens:
-            yield collate(waiting)
-            waiting = []
-        waiting.append(example)
-    if waiting:
-        yield collate(waiting)
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ class Renderer:
 
     `template`: `auto`, `plain`, `turns`, `chatml` or a Jinja file. `stop_id`: the token that ends a
     document where the template names none; default the tokenizer's EOS. `thinking`: answers carry
-    their reasoning, so reasoning templates ask for it.
+    their reasoning, so reasoning templates ask for it. `settings` make an equal renderer again.
     """
 
     def __init__(
@@ -48,6 +48,16 @@ class Renderer:
     ) -> None:
         self.train_on, self.max_length, self.overlong = train_on, max_length, overlong
         self._system = system
+        self.settings: dict[str, Any] = {
+            "template": template,
+            "train_on": train_on,
+            "max_length": max_length,
+            "overlong": overlong,
+            "prompt_suffix": prompt_suffix,
+            "system": system,
+            "stop_id": stop_id,
+            "thinking": thinking,
+        }
         self._codec = Codec(tokenizer)
         self._surfaces = surfaces(
             tokenizer,
@@ -105,9 +115,13 @@ class Renderer:
             raise DataError(str(refused)) from refused
         return self._with_bos(surface, self._codec.ids(text))
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(
+        self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True
+    ) -> str:
         """The text of generated ids."""
-        return self._codec.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._codec.decode(
+            [int(i) for i in ids], skip_special_tokens=skip_special_tokens
+        )
 
     def render(self, conversation: Conversation) -> tuple[Example, ...] | Dropped:
         """One example in most cases; one for each trained turn where the turns cannot share one."""
@@ -157,10 +171,11 @@ class Renderer:
             trained[:] = True
         for turn in piece.turns:
             after_prompt = self._codec.seam(encoding, ids, piece.text, turn.prompt_chars)
-            stop = encoding.char_to_token(turn.end_chars - 1)
-            closed = stop is not None and (
-                piece.append_stop is not None or ids[stop] in piece.surface.stop_ids
-            )
+            if piece.append_stop is None:
+                stop = encoding.char_to_token(turn.end_chars - 1)
+                closed = stop is not None and ids[stop] in piece.surface.stop_ids
+            else:
+                stop, closed = len(ids) - 1, True
             if after_prompt is None or not closed:
                 return [self._apart(p) for p in piece.apart()]
             trained[after_prompt : stop + 1] = True

@@ -11,7 +11,7 @@ from pennyweight.evaluate.answers import (
     rouge_l,
 )
 from pennyweight.evaluate.intervals import Difference, bootstrap, wilson
-from pennyweight.evaluate.losses import LossReport, evaluate_loss, paired, read_by
+from pennyweight.evaluate.losses import LossReport, evaluate_loss, in_batches, paired, read_by
 
 __all__ = [
     "AnswerReport",
@@ -21,6 +21,7 @@ __all__ = [
     "evaluate_answers",
     "evaluate_loss",
     "exact_match",
+    "in_batches",
     "paired",
     "paired_answers",
     "read_by",

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pennyweight.data.batch import Batch
+from pennyweight.data.batch import Batch, collate
+from pennyweight.data.conversation import Example
 from pennyweight.errors import AdapterError, DataError, DivergedError
 from pennyweight.evaluate.intervals import Difference, Interval, bootstrap
 from pennyweight.lora import attached
 from pennyweight.loss import targets
 from pennyweight.model import BaseModel
 
-__all__ = ["LossReport", "evaluate_loss", "paired", "read_by"]
+__all__ = ["LossReport", "evaluate_loss", "in_batches", "paired", "read_by"]
 
 # Logits held at once: 64 MiB of float32.
 MOST_LOGITS = 2**24
@@ -62,6 +63,20 @@ class LossReport:
             "trained_tokens": self.count,
             "documents": len(self.sources),
         }
+
+
+def in_batches(examples: Iterable[Example], *, budget_tokens: int = 4096) -> Iterator[Batch]:
+    """Rows in their own order, as many to a batch as the budget holds, one at the least."""
+    waiting: list[Example] = []
+    tokens = 0
+    for example in examples:
+        if waiting and tokens + len(example.ids) > budget_tokens:
+            yield collate(waiting)
+            waiting, tokens = [], 0
+        waiting.append(example)
+        tokens += len(example.ids)
+    if waiting:
+        yield collate(waiting)
 
 
 def read_by(batches: Iterable[Batch], adapter: str | None) -> Iterator[Batch]:

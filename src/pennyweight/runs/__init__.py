@@ -1,0 +1,17 @@
+"""What can be done with the folder a run left, and with nothing else: evaluate, chat, merge."""
+
+from pennyweight.runs.chat import ChatSession, open_chat
+from pennyweight.runs.folder import HeldOut, RunFolder, adapter_slot
+from pennyweight.runs.measure import evaluate_run, measure
+from pennyweight.runs.merging import merge_run
+
+__all__ = [
+    "ChatSession",
+    "HeldOut",
+    "RunFolder",
+    "adapter_slot",
+    "evaluate_run",
+    "measure",
+    "merge_run",
+    "open_chat",
+]

@@ -1,0 +1,84 @@
+"""A conversation with a tuned model, or with its base, rendered as its training data was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pennyweight.data.chat import Renderer
+from pennyweight.errors import ConfigError
+from pennyweight.generate import Request, stream
+from pennyweight.model import BaseModel
+from pennyweight.runs.folder import RunFolder, adapter_slot
+
+__all__ = ["ChatSession", "open_chat"]
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class ChatSession:
+    """Messages so far, and the model that answers them."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        renderer: Renderer,
+        *,
+        adapter: str | None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.base, self.renderer, self.adapter = base, renderer, adapter
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.messages: list[dict[str, Any]] = []
+
+    def send(self, text: str) -> Iterator[str]:
+        """Pieces of the answer as they come; the turn is remembered when it is whole."""
+        self.messages.append({"role": "user", "content": text})
+        prompt = self.renderer.prompt(self.messages)
+        room = self.base.max_positions - len(prompt)
+        if room < 1:
+            self.messages.pop()
+            raise ConfigError(
+                f"the conversation has {len(prompt):,} tokens, {self.base.name} knows "
+                f"{self.base.max_positions:,} positions: start a new one"
+            )
+        request = Request(
+            prompt_ids=tuple(prompt),
+            max_new_tokens=min(self.max_new_tokens, room),
+            temperature=self.temperature,
+            seed=self.seed,
+            stop_ids=tuple(dict.fromkeys([*self.renderer.stop_ids, *self.base.stop_ids])),
+            adapter=self.adapter,
+        )
+        ids: list[int] = []
+        said = ""
+        for token in stream(self.base, request):
+            ids.append(token)
+            whole = self.renderer.decode(ids)
+            # A character of several tokens shows as a replacement until its last one is here.
+            if not whole.endswith(UNFINISHED) and len(whole) > len(said):
+                yield whole[len(said) :]
+                said = whole
+        rest = self.renderer.decode(ids)[len(said) :]
+        if rest:
+            yield rest
+        self.messages.append({"role": "assistant", "content": said + rest})
+
+
+def open_chat(
+    folder: Path | str, adapter: str | None = "default", *, temperature: float = 0.0
+) -> ChatSession:
+    """A session with the run's tuned model, or with its bare base where `adapter` is None."""
+    if adapter not in (None, "default"):
+        raise ConfigError(f"adapter {adapter!r}: a run has one, named default; none is the base")
+    run = RunFolder(Path(folder))
+    config, base = run.open(adapter=adapter is not None)
+    return ChatSession(
+        base,
+        run.renderer(base.tokenizer),
+        adapter=adapter_slot(config) if adapter else None,
+        temperature=temperature,
+    )
