@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pennyweight.config.explain import explain, json_schema, to_yaml
+from pennyweight.config.explain import explain, json_schema, starter, to_yaml
 from pennyweight.config.load import LoadedRun, load_run, read_resolved
 from pennyweight.config.rules import resolve
 from pennyweight.config.schema import (
@@ -35,5 +35,6 @@ __all__ = [
     "load_run",
     "read_resolved",
     "resolve",
+    "starter",
     "to_yaml",
 ]

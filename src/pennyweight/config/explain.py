@@ -8,15 +8,15 @@ import textwrap
 from decimal import Decimal
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pennyweight.config.document import read_document
 from pennyweight.config.keys import GROUPS, KEYS, accepts, names_in, nearest_key
-from pennyweight.config.rules import RULES, broken_rules
+from pennyweight.config.rules import RULES, broken_rules, resolve
 from pennyweight.config.schema import RunConfig
 from pennyweight.errors import ConfigError
 
-__all__ = ["explain", "json_schema", "to_yaml"]
+__all__ = ["explain", "json_schema", "starter", "to_yaml"]
 
 # What a first run is likely to change; `to_yaml` writes these whatever their value.
 _STARTERS = (
@@ -185,3 +185,22 @@ def _quoted(text: str) -> str:
     """A double-quoted YAML scalar: JSON's, with all that YAML would not print escaped."""
     body = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in body)
+
+
+def starter(*, model: str, data: str, method: str, output_dir: str) -> str:
+    """A commented YAML to begin with. Raises ConfigError for what no run could be."""
+    try:
+        config = RunConfig.model_validate(
+            {
+                "base": {"model": model},
+                "data": {"train": data},
+                "train": {"method": method},
+                "output_dir": output_dir,
+            }
+        )
+    except ValidationError as error:
+        raise ConfigError.all(
+            f"{'.'.join(map(str, each['loc'][:2]))}: found {each['input']!r}; {each['msg']}"
+            for each in error.errors()
+        ) from None
+    return to_yaml(resolve(config))

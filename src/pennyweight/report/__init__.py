@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pennyweight.report.log import Report, metrics_of, read_events
+from pennyweight.report.log import Report, metrics_of, plain, read_events
 from pennyweight.report.plot import plot_losses
 from pennyweight.report.progress import duration, progress_line
 from pennyweight.report.sinks import Sink, open_sinks
@@ -13,6 +13,7 @@ __all__ = [
     "duration",
     "metrics_of",
     "open_sinks",
+    "plain",
     "plot_losses",
     "progress_line",
     "read_events",

@@ -25,7 +25,7 @@ from pennyweight.errors import DiskError
 from pennyweight.report.progress import Pace, progress_line
 from pennyweight.report.sinks import Sink, open_sinks
 
-__all__ = ["CLOCK_FIELDS", "Report", "metrics_of", "read_events"]
+__all__ = ["CLOCK_FIELDS", "Report", "metrics_of", "plain", "read_events"]
 
 CLOCK_FIELDS = frozenset({"time", "seconds", "tokens_per_second", "eta_seconds"})
 """Fields that depend on the clock; everything else of a run is the same again."""
@@ -81,7 +81,7 @@ class Report:
         """Append one line. Numbers that are not finite are written as the texts nan, inf, -inf."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = json.dumps(
-            {"time": now, "kind": kind, **{name: _plain(fields[name]) for name in fields}},
+            {"time": now, "kind": kind, **{name: plain(fields[name]) for name in fields}},
             ensure_ascii=False,
             allow_nan=False,
         )
@@ -188,20 +188,20 @@ def _fields_of(step: Any) -> Mapping[str, Any]:
     return {each.name: getattr(step, each.name) for each in dataclasses.fields(step)}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON has it; tensors and arrays of one number become that number."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else repr(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(_fields_of(value))
+        return plain(_fields_of(value))
     if isinstance(value, Mapping):
-        return {str(name): _plain(inside) for name, inside in value.items()}
+        return {str(name): plain(inside) for name, inside in value.items()}
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, Iterable):
-        return [_plain(inside) for inside in value]
+        return [plain(inside) for inside in value]
     return str(value)
 
 

@@ -1,0 +1,24 @@
+"""The command line: one verb per command, no logic, and nothing heavy imported until a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pennyweight.cli.ending import run_command
+from pennyweight.cli.verbs import app
+
+__all__ = ["app", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    from typer.main import get_command
+
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+
+    def command(arguments: Sequence[str]) -> object:
+        parsed = get_command(app)
+        return parsed.main(list(arguments), prog_name="pennyweight", standalone_mode=False)
+
+    sys.exit(run_command(command, given))

@@ -1,0 +1,188 @@
+"""Results as text for people: tables and coloured rows. Rich is imported when first needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pennyweight.report import plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = [
+    "Printer",
+    "checks",
+    "converse",
+    "evaluation",
+    "facts",
+    "plain_fields",
+    "plan",
+    "preview",
+    "table",
+]
+
+
+class Printer:
+    """Where a verb's answer goes.
+
+    People read it on stdout. With `--json` whatever is printed while the verb works goes to stderr,
+    and stdout gets one object, in one line.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._stdout = sys.stdout
+
+    def __enter__(self) -> Printer:
+        if self.as_json:
+            sys.stdout = sys.stderr
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout = self._stdout
+
+    def give(self, answer: Mapping[str, Any], text: Callable[[], Any]) -> None:
+        """Print the verb's answer: `answer` as JSON, or what `text` makes for people."""
+        if self.as_json:
+            line = json.dumps(plain(answer), allow_nan=False)
+            print(line, file=self._stdout, flush=True)
+            return
+        shown = text()
+        if isinstance(shown, str):
+            print(shown)
+        else:
+            _console().print(shown)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A table that goes to a file keeps its words whole.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, figures: Iterable[int] = ()
+) -> Table:
+    """Rows of text under their columns; the columns in `figures` are aligned for numbers."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        drawn.add_column(name, justify="right" if i in figures else "left", no_wrap=i in figures)
+    for row in rows:
+        drawn.add_row(*(_escaped(cell) for cell in row))
+    return drawn
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def facts(answer: Mapping[str, Any]) -> str:
+    """`name   value`, one a line; what is not known is left out."""
+    known = {name: value for name, value in answer.items() if value not in (None, "", [], {}, ())}
+    width = max(map(len, known), default=0)
+    return "\n".join(f"{name.replace('_', ' '):{width}}  {_number(v)}" for name, v in known.items())
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    value = plain(value)
+    if isinstance(value, list):
+        return ", ".join(_number(each) for each in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_number(v)}" for name, v in value.items())
+    return str(value)
+
+
+def evaluation(answer: Mapping[str, Any]) -> Any:
+    """One row a measure, one column for each of base, adapter and whatever else was measured."""
+    from rich.console import Group
+
+    arms = {name: plain(value) for name, value in answer.items() if isinstance(value, Mapping)}
+    rest = {name: value for name, value in answer.items() if name not in arms}
+    measures = dict.fromkeys(name for arm in arms.values() for name in arm)
+    rows = []
+    for measure in measures:
+        if measure.endswith("_interval_95"):
+            continue
+        cells = [_with_interval(arm, measure) for arm in arms.values()]
+        rows.append((measure.replace("_", " "), *cells))
+    shown: list[Any] = [table(("", *arms), rows, figures=range(1, 1 + len(arms)))]
+    return Group(*shown, *([facts(rest)] if rest else []))
+
+
+def _with_interval(arm: Mapping[str, Any], measure: str) -> str:
+    if arm.get(measure) is None:
+        return ""
+    interval = arm.get(f"{measure}_interval_95")
+    ends = list(interval.values()) if isinstance(interval, dict) else interval
+    said = f"  [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else ""
+    return _number(arm[measure]) + said
+
+
+def checks(found: Iterable[Any]) -> Any:
+    """One line a check: whether it holds, what was found, the mend."""
+    rows = [("ok" if each.ok else "MEND", each.name, each.found, each.mend) for each in found]
+    return table(("", "what", "found", "what to do"), rows)
+
+
+def preview(shown: Iterable[Any], lines: Iterable[str]) -> Any:
+    """Rows as the model reads them; trained text in green, the rest dim."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = []
+    for row in shown:
+        cut = row.length_before_cut - row.tokens
+        told = f"{row.source}: {row.tokens:,} tokens, {row.trained_tokens:,} trained"
+        parts.append(Text(told + (f", {cut:,} cut off" if cut > 0 else ""), style="bold"))
+        text = Text()
+        for segment in row.segments:
+            text.append(segment.text, style="green" if segment.trained else "dim")
+        parts += [text, Text()]
+    return Group(*parts, *(Text(line) for line in lines))
+
+
+def plan(said: Any) -> Any:
+    """The plan as a table, and its verdict in words."""
+    from rich.console import Group
+
+    rows = table(("", "size", ""), said.table_rows(), figures=(1,))
+    return Group(rows, said.sentence())
+
+
+def plain_fields(value: Any) -> dict[str, Any]:
+    """A frozen dataclass as plain values."""
+    fields = plain(value)
+    assert isinstance(fields, dict), "a dataclass has named fields"
+    return fields
+
+
+def converse(session: Any) -> None:
+    """Read lines until the end of input, and stream each answer."""
+    print("Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            print()
+            return
+        if not said.strip():
+            continue
+        for piece in session.send(said):
+            print(piece, end="", flush=True)
+        print()

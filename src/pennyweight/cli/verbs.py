@@ -1,0 +1,241 @@
+"""The verbs. Each parses its arguments, calls one function, and hands the answer to the printer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pennyweight.cli import show
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="pennyweight",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run's description.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder a run wrote.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings in place of the file's."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        from pennyweight import __version__
+
+        print(__version__)
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    """Fine-tune large language models with LoRA and QLoRA on modest machines."""
+
+
+@app.command()
+def init(
+    model: Annotated[
+        str, typer.Option(help="A Hugging Face id, a folder, or builtin.")
+    ] = "builtin",
+    data: Annotated[
+        str, typer.Option(help="A file, a folder, a dataset id, or builtin.")
+    ] = "builtin",
+    method: Annotated[str, typer.Option(help="qlora, lora or full.")] = "qlora",
+    output_dir: Annotated[str, typer.Option(help="Where the run writes.")] = "runs/my",
+    as_json: Json = False,
+) -> None:
+    """Print a commented run.yaml with the settings that matter."""
+    from pennyweight.config import starter
+
+    with show.Printer(as_json) as printer:
+        text = starter(model=model, data=data, method=method, output_dir=output_dir)
+        printer.give({"yaml": text}, lambda: text.rstrip("\n"))
+
+
+@app.command()
+def preview(
+    run: RunFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show rows as the model reads them, trained tokens in green.
+
+    What was cut or dropped is counted below them.
+    """
+    from pennyweight.config import load_run
+
+    with show.Printer(as_json) as printer:
+        config = load_run(run, overrides or ()).config
+        from pennyweight.finetune import preview as look
+
+        seen = look(config, rows)
+        printer.give(seen.to_dict(), lambda: show.preview(seen.shown, seen.lines))
+
+
+@app.command()
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help="A device by name: rtx4090, h200, cpu.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory to plan for, such as 24GB.")] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="Find the largest run that fits, such as 24GB.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict memory, time and disk before anything is loaded."""
+    from pennyweight.config import load_run
+    from pennyweight.plan import fit as find_fit
+    from pennyweight.plan import named_device, parse_memory
+    from pennyweight.plan import plan as predict
+
+    with show.Printer(as_json) as printer:
+        config = load_run(run, overrides or ()).config
+        on = named_device(device) if device else None
+        if fit:
+            found = find_fit(config, device=on, budget_bytes=parse_memory(fit))
+            printer.give(show.plain_fields(found), lambda: show.facts(show.plain_fields(found)))
+            return
+        budget = parse_memory(memory) if memory else None
+        said = predict(config, device=on, budget_bytes=budget)
+        printer.give(said.to_dict(), lambda: show.plan(said))
+
+
+@app.command()
+def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train; the same command again resumes."""
+    from pennyweight.config import load_run
+
+    with show.Printer(as_json) as printer:
+        loaded = load_run(run, overrides or ())
+        # After the description was found sound: what follows takes seconds to import.
+        from pennyweight.finetune import finetune
+
+        result = finetune(loaded.config, origin=loaded.origin)
+        printer.give(result.to_dict(), lambda: show.facts(result.to_dict()))
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Held-out rows to measure loss on.")
+    ] = None,
+    answers: Annotated[int | None, typer.Option(min=0, help="Rows to answer in text.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure base and adapter on the held-out rows."""
+    from pennyweight.finetune import evaluate_run
+
+    with show.Printer(as_json) as printer:
+        measured = evaluate_run(run, max_rows=rows, generate_rows=answers)
+        printer.give(measured, lambda: show.evaluation(measured))
+
+
+@app.command()
+def chat(
+    run: RunFolder,
+    adapter: Annotated[str, typer.Option(help="default, or none for the bare base.")] = "default",
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="Say this and end.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to a tuned model, or to its base."""
+    from pennyweight.finetune import open_chat
+
+    with show.Printer(as_json) as printer:
+        session = open_chat(run, None if adapter == "none" else adapter)
+        if as_json and message is None:
+            message = sys.stdin.read()
+        if message is not None:
+            reply = "".join(session.send(message))
+            printer.give({"adapter": adapter, "message": message, "reply": reply}, lambda: reply)
+            return
+        show.converse(session)
+
+
+@app.command()
+def merge(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
+    base: Annotated[
+        str, typer.Option(help="as-trained (what the adapter was trained on) or original.")
+    ] = "as-trained",
+    as_json: Json = False,
+) -> None:
+    """Fold the adapter into its base: a plain Hugging Face folder."""
+    from pennyweight.finetune import merge_run
+
+    with show.Printer(as_json) as printer:
+        report = merge_run(run, out, base=base)
+        printer.give(report.to_dict(), lambda: show.facts(report.to_dict()))
+
+
+@app.command()
+def quickstart(
+    output_dir: Annotated[str, typer.Option(help="Where the run writes.")] = "runs/quickstart",
+    as_json: Json = False,
+) -> None:
+    """Tell the whole story on the built-in model and task.
+
+    It takes a few minutes on a CPU and needs no download.
+    """
+    from pennyweight.quickstart import quickstart as tell
+
+    with show.Printer(as_json) as printer:
+        figures = tell(output_dir, print)
+        printer.give(figures, lambda: show.facts(figures))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look over this machine, one fix a line."""
+    from pennyweight.doctor import doctor as look_over
+
+    with show.Printer(as_json) as printer:
+        found = look_over()
+        answer: dict[str, Any] = {"ok": all(each.ok for each in found), "checks": found}
+        printer.give(answer, lambda: show.checks(found))
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(metavar="[KEY]", help="Such as train.learning_rate.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what a setting does, takes, defaults to and needs."""
+    from pennyweight.config import explain as say
+
+    with show.Printer(as_json) as printer:
+        text = say(key)
+        printer.give({"key": key, "text": text}, lambda: text)
+
+
+@app.command()
+def schema(as_json: Json = False) -> None:
+    """Print the JSON Schema of run.yaml, for editors."""
+    import json
+
+    from pennyweight.config import json_schema
+
+    with show.Printer(as_json) as printer:
+        printer.give(json_schema(), lambda: json.dumps(json_schema(), indent=2))

@@ -1,0 +1,296 @@
+"""Verbs parse, call one function and print; every failure has its exit code and no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pennyweight import cli, errors
+from pennyweight.cli import ending, show
+
+VERBS = [
+    "init",
+    "preview",
+    "plan",
+    "train",
+    "evaluate",
+    "chat",
+    "merge",
+    "quickstart",
+    "doctor",
+    "explain",
+    "schema",
+]
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: str) -> Ended:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        said = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), said.out, said.err)
+
+    return run
+
+
+def outside(*arguments: str, **environment: str) -> Ended:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['pennyweight', '--help']\n"
+        "from pennyweight.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print(*sys.modules, file=sys.stderr)\n"
+    )
+    ended = outside("-c", program)
+    assert all(f"  {verb} " in ended.out for verb in VERBS)
+    heavy = {"torch", "transformers", "numpy", "pydantic", "rich", "yaml", "matplotlib"}
+    assert heavy.isdisjoint(ended.err.split())
+
+
+@pytest.mark.parametrize("room", ["", ".errors", ".config", ".report", ".cli", ".doctor"])
+def test_light_rooms_import_nothing_heavy(room: str) -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib'}"
+    ended = outside("-c", f"import sys, pennyweight{room}\nprint({heavy} & set(sys.modules))")
+    assert ended.out.strip() == "set()", ended
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_and_json(run: Any, verb: str) -> None:
+    ended = run(verb, "--help")
+    assert ended.code == 0
+    assert "--json" in ended.out
+
+
+def test_alone_it_shows_its_help(run: Any) -> None:
+    assert "Commands:" in run().out
+    assert run("--version").out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tran"], "No such command"),
+        (["train"], "Missing argument 'RUN.YAML'"),
+        (["train", "run.yaml", "--fast"], "No such option"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["explain", "train.lerning_rate"], "did you mean train.learning_rate"),
+        (["init", "--method", "lorra"], "train.method: found 'lorra'"),
+    ],
+)
+def test_a_wrong_call_ends_with_2_and_says_why(run: Any, arguments: list[str], said: str) -> None:
+    plain, machine = run(*arguments), run(*arguments, "--json")
+    assert plain.code == machine.code == 2
+    assert said in plain.err
+    assert plain.out == ""
+    assert machine.json["error"]["exit_code"] == 2
+    assert said in machine.json["error"]["message"]
+
+
+def all_errors(root: type[errors.PennyweightError]) -> list[type[errors.PennyweightError]]:
+    return [root, *(below for each in root.__subclasses__() for below in all_errors(each))]
+
+
+@pytest.mark.parametrize("kind", all_errors(errors.PennyweightError))
+def test_every_error_of_ours_has_its_exit_code(
+    kind: type[errors.PennyweightError], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: Sequence[str]) -> object:
+        raise kind.all(["first: mend it", "second"])
+
+    assert ending.run_command(fail, []) == kind.exit_code
+    assert capsys.readouterr().err == "first: mend it\nsecond\n"
+    assert ending.run_command(fail, ["--json"]) == kind.exit_code
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["kind"] == kind.__name__
+    assert error["faults"] == ["first: mend it", "second"]
+
+
+def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(arguments: Sequence[str]) -> object:
+        raise KeyboardInterrupt
+
+    assert ending.run_command(fail, []) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_went_wrong_inside_is_short_and_the_traceback_kept(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("PENNYWEIGHT_DEBUG", raising=False)
+
+    def fail(arguments: Sequence[str]) -> object:
+        raise RuntimeError("shape mismatch\nand much more")
+
+    assert ending.run_command(fail, []) == 1
+    said = capsys.readouterr().err
+    (log,) = tmp_path.iterdir()
+    assert said.splitlines()[0] == "something went wrong inside: RuntimeError: shape mismatch"
+    assert str(log) in said
+    assert "Traceback" not in said
+    assert "Traceback" in log.read_text()
+    monkeypatch.setenv("PENNYWEIGHT_DEBUG", "1")
+    assert ending.run_command(fail, []) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m pennyweight schema | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_init_is_what_train_reads(run: Any, tmp_path: Path) -> None:
+    from pennyweight.config import load_run
+
+    ended = run("init", "--model", "Qwen/Qwen3-0.6B", "--data", "my.jsonl")
+    path = tmp_path / "run.yaml"
+    path.write_text(ended.out, encoding="utf-8")
+    config = load_run(path).config
+    assert (config.base.model, config.data.train) == ("Qwen/Qwen3-0.6B", "my.jsonl")
+    assert run("init", "--json").json["yaml"].startswith("# pennyweight explain")
+
+
+def test_explain_and_schema(run: Any) -> None:
+    assert "number above 0" in run("explain", "train.learning_rate").out
+    assert "train" in run("explain").out
+    assert run("explain", "seed", "--json").json["key"] == "seed"
+    assert json.loads(run("schema").out) == run("schema", "--json").json
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put a stand-in for a heavy room in its place."""
+
+    def stand_in(name: str, **functions: Any) -> None:
+        monkeypatch.setitem(sys.modules, f"pennyweight.{name}", SimpleNamespace(**functions))
+
+    return stand_in
+
+
+def test_train_gives_one_json_line_and_sends_the_talk_to_stderr(
+    run: Any, room: Any, tmp_path: Path
+) -> None:
+    def finetune(config: Any, *, origin: Any) -> Any:
+        print("a library talks on stdout")
+        assert origin["seed"] == "command line"
+        return SimpleNamespace(to_dict=lambda: {"steps": config.seed, "loss": float("nan")})
+
+    room("finetune", finetune=finetune)
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {method: lora}\n", encoding="utf-8")
+    ended = run("train", str(path), "seed=7", "--json")
+    assert ended.out == '{"steps": 7, "loss": "nan"}\n'
+    assert ended.err == "a library talks on stdout\n"
+    assert "steps  7" in run("train", str(path), "seed=7").out
+
+
+def test_evaluate_shows_base_and_adapter_side_by_side(run: Any, room: Any) -> None:
+    measured = {
+        "base": {"loss": 2.5, "loss_interval_95": (2.4, 2.6), "documents": 1200},
+        "adapter": {"loss": 1.25, "loss_interval_95": None, "documents": 1200, "exact_match": 0.5},
+        "rows": 1200,
+    }
+    room("finetune", evaluate_run=lambda folder, **limits: measured)
+    assert run("evaluate", "runs/my", "--json").json["base"]["loss_interval_95"] == [2.4, 2.6]
+    text = run("evaluate", "runs/my").out
+    assert "base" in text.splitlines()[1]
+    assert "adapter" in text.splitlines()[1]
+    assert "2.5  [2.4, 2.6]" in text
+    assert "1,200" in text
+
+
+def test_chat_says_one_thing_or_many(run: Any, room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_chat(folder: Path, adapter: str | None) -> Any:
+        return SimpleNamespace(send=lambda text: iter([str(adapter), ": ", text]))
+
+    room("finetune", open_chat=open_chat)
+    assert run("chat", "runs/my", "-m", "hi").out == "default: hi\n"
+    assert run("chat", "runs/my", "--adapter", "none", "-m", "hi", "--json").json == {
+        "adapter": "none",
+        "message": "hi",
+        "reply": "None: hi",
+    }
+    lines = iter(["one", "", "two"])
+
+    def typed(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert run("chat", "runs/my").out == "default: one\ndefault: two\n\n"
+
+
+def test_merge_passes_the_base_it_is_told(run: Any, room: Any) -> None:
+    def merge_run(folder: Path, out: Path, *, base: str) -> Any:
+        return SimpleNamespace(to_dict=lambda: {"folder": str(out), "onto": base})
+
+    room("finetune", merge_run=merge_run)
+    said = run("merge", "runs/my", "--out", "merged", "--base", "original", "--json").json
+    assert said == {"folder": "merged", "onto": "original"}
+
+
+def test_preview_colours_what_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    row = SimpleNamespace(
+        source="my.jsonl:1",
+        tokens=9,
+        trained_tokens=4,
+        length_before_cut=12,
+        segments=(
+            SimpleNamespace(text="what? [x]", trained=False),
+            SimpleNamespace(text="that", trained=True),
+        ),
+    )
+    console = Console(force_terminal=True, color_system="standard", width=80)
+    console.print(show.preview([row], ["train: 1 of 2 rows"]))
+    said = capsys.readouterr().out
+    assert "my.jsonl:1: 9 tokens, 4 trained, 3 cut off" in said
+    assert "\x1b[2mwhat? [x]" in said
+    assert "\x1b[32mthat" in said
+    assert "train: 1 of 2 rows" in said
+
+
+def test_doctor_and_plan_make_tables(run: Any, room: Any, tmp_path: Path) -> None:
+    check = SimpleNamespace(name="disk", ok=False, found="[1 GB]", mend="free space")
+    room("doctor", doctor=lambda: [check])
+    assert "MEND" in run("doctor").out
+    assert "[1 GB]" in run("doctor").out
