@@ -1,18 +1,20 @@
 """A model as its shapes alone: every parameter's name, size and role, and no weight.
 
-All that a prediction needs. `pennyweight.model.shapes` reads one from a `config.json`;
-`dense_shapes` writes one down for the plain decoders that most people tune.
+All that a prediction needs. `pennyweight.model.shapes` reads one from any `config.json`;
+`dense_shapes` and `shapes_of_config` make one for the plain decoders that most people tune,
+without a library that knows model classes.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["Kind", "Parameter", "Shapes", "dense_shapes"]
+__all__ = ["Kind", "Parameter", "Shapes", "dense_shapes", "shapes_of_config"]
 
 Kind = Literal["linear", "embedding", "head", "norm", "bias", "other"]
 
@@ -101,6 +103,7 @@ def dense_shapes(
     tied: bool = False,
     qk_norm: bool = False,
     qkv_bias: bool = False,
+    activation: str = "silu",
 ) -> Shapes:
     """A decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3) from the numbers of its card.
 
@@ -143,4 +146,47 @@ def dense_shapes(
         head_dim=width,
         vocab=vocab,
         max_positions=max_positions,
+        activation=activation,
+    )
+
+
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "hidden_act",
+)
+_PLAIN = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def shapes_of_config(name: str, config: Mapping[str, Any]) -> Shapes | None:
+    """Shapes of the model that this `config.json` describes, or None where it takes the library.
+
+    Known are Llama, Mistral, Qwen2 and Qwen3 with every size written down.
+    """
+    family = config.get("model_type")
+    unusual = "auto_map" in config or config.get("attention_bias") or config.get("mlp_bias")
+    if family not in _PLAIN or unusual or any(config.get(key) is None for key in _NEEDED):
+        return None
+    width = config.get("head_dim")
+    if family == "qwen3" and width is None:
+        return None  # not hidden / heads there
+    return dense_shapes(
+        name,
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=width,
+        vocab=config["vocab_size"],
+        max_positions=config["max_position_embeddings"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qk_norm=family == "qwen3",
+        qkv_bias=family == "qwen2",
+        activation=config["hidden_act"],
     )

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from pennyweight.config import RunConfig
 from pennyweight.errors import ConfigError
 from pennyweight.plan.cost import Cost, Disk, cost, disk
-from pennyweight.plan.devices import DEVICES, Device, named_device, parse_memory, this_device
+from pennyweight.plan.devices import DEVICES, Device, named_device, parse_memory
 from pennyweight.plan.memory import Moment, Part, parts, peak
-from pennyweight.plan.search import Fit, chosen_policy, largest_fit, mends
+from pennyweight.plan.outline import shapes_of
+from pennyweight.plan.search import Fit, chosen_policy, largest_fit, mends, sized
 from pennyweight.plan.setting import POLICIES, DataSize, Recompute, Setting
 from pennyweight.shapes import Shapes
 
@@ -66,6 +67,11 @@ class Plan:
     rows: DataSize | None
 
     @property
+    def counted_peak_bytes(self) -> int:
+        """The peak as this device's own counter shows it: allocations on a card, else resident."""
+        return self.allocated_bytes if self.device.kind == "cuda" else self.peak_bytes
+
+    @property
     def fits(self) -> bool:
         """The run fits as it is written."""
         return self.verdict == "fits"
@@ -73,6 +79,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the verdict last."""
         plain = asdict(self)
+        plain["counted_peak_bytes"] = self.counted_peak_bytes
         plain["fits"] = self.fits
         plain["verdict"] = plain.pop("verdict")
         return plain
@@ -169,8 +176,6 @@ def fit(
 
 
 def _least(setting: Setting) -> int:
-    from pennyweight.plan.search import sized
-
     return peak(parts(sized(setting, 8, 1), "full"))[0]
 
 
@@ -184,9 +189,7 @@ def _setting(
     if device is None:
         device = named_device(config.base.device)
     if shapes is None:
-        from pennyweight.model import shapes as read_shapes
-
-        shapes = read_shapes(config.base.model)
+        shapes = shapes_of(config.base.model)
     if budget_bytes is not None:
         device = replace(device, memory_bytes=budget_bytes)
     return Setting(config, shapes, device, rows), device.memory_bytes

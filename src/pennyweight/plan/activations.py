@@ -19,7 +19,13 @@ from collections.abc import Iterable
 from pennyweight.plan.setting import Recompute, Setting
 from pennyweight.shapes import Parameter
 
-__all__ = ["kept_bytes", "layer_bytes", "rebuilt_bytes", "transient_bytes"]
+__all__ = [
+    "kept_bytes",
+    "largest_linear",
+    "layer_bytes",
+    "rebuilt_bytes",
+    "transient_bytes",
+]
 
 _OUTPUT_LEAVES = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "wo", "w2")
 # Tensors as wide as the feed-forward that the activation keeps, by how transformers writes it.
@@ -42,7 +48,7 @@ def kept_bytes(setting: Setting, policy: Recompute) -> float:
     """Bytes a token that a whole forward pass keeps under a policy."""
     shapes = setting.shapes
     if policy == "none":
-        return sum(layer_bytes(setting, i) for i in range(shapes.layers)) + _ends(setting)
+        return sum(layer_bytes(setting, i) * n for i, n in setting.layer_kinds) + _ends(setting)
     boundary = float(shapes.hidden * _residual_bytes(setting))
     if policy == "minimal":
         boundary += shapes.heads * (shapes.head_dim * setting.product_bytes + 4)
@@ -53,15 +59,28 @@ def rebuilt_bytes(setting: Setting, policy: Recompute) -> float:
     """Bytes a token of the one layer that backward recomputes and holds; 0 without recompute."""
     if policy == "none":
         return 0.0
-    return max(layer_bytes(setting, index) for index in range(setting.shapes.layers))
+    return max(layer_bytes(setting, index) for index, _ in setting.layer_kinds)
 
 
-def transient_bytes(setting: Setting) -> float:
-    """Bytes a token of gradients under way inside one layer's backward, beyond what is kept."""
-    shapes, size = setting.shapes, setting.product_bytes
-    wide = shapes.intermediate * size * (3 if shapes.gated else 2)
-    across = (2 * shapes.heads + 2 * shapes.kv_heads) * shapes.head_dim * size
-    return 2 * shapes.hidden * _residual_bytes(setting) + max(wide, across)
+def transient_bytes(setting: Setting, policy: Recompute) -> float:
+    """Bytes of the fullest instant of backward beyond what is kept, for the whole micro-batch.
+
+    Either the way in through loss and last norm (five float32 rows of hidden width), or one
+    feed-forward: two gradients of its width, or one beside the dense weight it comes from. With
+    recompute the rebuilt layer stands beside that.
+    """
+    shapes, size, tokens = setting.shapes, setting.product_bytes, setting.micro_tokens
+    entry = 5 * 4 * shapes.hidden * tokens
+    across = shapes.heads * shapes.head_dim
+    wide = 2 * max(shapes.intermediate, across) * size * tokens
+    weight = largest_linear(setting) * size if setting.storage != "none" else 0
+    beside = (shapes.hidden + shapes.intermediate) * size * tokens + weight
+    return max(entry, rebuilt_bytes(setting, policy) * tokens + max(wide, beside))
+
+
+def largest_linear(setting: Setting) -> int:
+    """Numbers in the largest linear weight."""
+    return max((p.elements for p in setting.shapes.linears), default=0)
 
 
 def _norms(setting: Setting, parameters: Iterable[Parameter]) -> float:
@@ -137,9 +156,14 @@ def _feed_forward(setting: Setting, width: int) -> float:
 
 
 def _ends(setting: Setting) -> float:
-    """Embedded tokens, the last norm's input and output, rotary tables and ids."""
+    """The last hidden state, which the loss reads, and the rotary tables.
+
+    Layers count two norm inputs each. With a frozen embedding the first layer's is not kept, and
+    the last norm's is; with a trained one there is one more.
+    """
     shapes, size = setting.shapes, setting.product_bytes
-    return shapes.hidden * (4 + 2 * size) + 2 * shapes.head_dim * size + 5 * 8
+    kept = float(shapes.hidden * size + 2 * shapes.head_dim * (4 if setting.mixed else size))
+    return kept + (8 * shapes.hidden if setting.full else 0)
 
 
 def _residual_bytes(setting: Setting) -> int:

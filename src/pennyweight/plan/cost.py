@@ -9,11 +9,10 @@ weights' own gradients (arithmetic from the shapes; a product of m x k x n count
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from pennyweight.plan.activations import kept_bytes
+from pennyweight.plan.outline import is_here
 from pennyweight.plan.setting import Recompute, Setting
 
 __all__ = ["Cost", "Disk", "cost", "disk", "flops_a_token"]
@@ -73,7 +72,7 @@ def cost(setting: Setting, policy: Recompute) -> Cost:
     accumulation = setting.config.train.gradient_accumulation_steps
     speed = setting.micro_tokens / micro
     steps = _steps(setting)
-    tokens = None if steps is None else int(steps * setting.step_tokens)
+    tokens = _tokens(setting, steps)
     return Cost(
         flops_a_token=per_token,
         tokens_a_second=speed,
@@ -88,12 +87,9 @@ def cost(setting: Setting, policy: Recompute) -> Cost:
 def disk(setting: Setting) -> Disk:
     """The adapter (or model), the checkpoints kept beside the best one, and the download."""
     trained = setting.trained_elements
-    if setting.full:
-        output = setting.shapes.count * setting.product_bytes
-    else:
-        output = 4 * trained
+    output = setting.shapes.count * 2 if setting.full else 4 * trained
     kept = setting.config.train.save_total_limit + 1
-    here = _is_here(setting.config.base.model)
+    here = is_here(setting.config.base.model)
     return Disk(output, kept * 12 * trained, 0 if here else 2 * setting.shapes.count)
 
 
@@ -114,6 +110,12 @@ def _micro_seconds(setting: Setting, policy: Recompute, per_token: float) -> flo
     return products + swept + dequantized + launches
 
 
+def _tokens(setting: Setting, steps: int | None) -> int | None:
+    if setting.rows and setting.config.train.max_steps is None:
+        return round(setting.rows.tokens * setting.config.train.epochs)
+    return None if steps is None else round(steps * setting.step_tokens)
+
+
 def _steps(setting: Setting) -> int | None:
     train, rows = setting.config.train, setting.rows
     if train.max_steps is not None:
@@ -125,13 +127,3 @@ def _steps(setting: Setting) -> int | None:
     else:
         an_epoch = rows.rows / (train.batch_size * train.gradient_accumulation_steps)
     return max(1, math.ceil(train.epochs * math.ceil(an_epoch)))
-
-
-def _is_here(model: str) -> bool:
-    """The model is a folder, ships with the package, or stands in the Hub's cache."""
-    if model == "builtin" or Path(model).expanduser().is_dir():
-        return True
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    snapshots = cache / ("models--" + model.partition("@")[0].replace("/", "--")) / "snapshots"
-    return any(snapshots.glob("*/*.safetensors"))

@@ -6,6 +6,7 @@ run reaches of it is `pennyweight.plan.cost`'s business.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -36,7 +37,6 @@ class Device:
     fp32: float
     half: float | None = None
     half_type: Literal["bfloat16", "float16"] = "bfloat16"
-    measured: bool = False
 
     @property
     def dtype(self) -> str:
@@ -119,7 +119,9 @@ def this_device(kind: str = "auto", *, index: int = 0) -> Device:
     """What this machine offers: its CUDA card if it has one, else its processor."""
     card = _cuda_card(index) if kind in ("auto", "cuda") else None
     if kind == "cuda" and card is None:
-        raise ConfigError("base.device: no CUDA device found here; name one, as in --device rtx4090")
+        raise ConfigError(
+            "base.device: no CUDA device found here; name one, as in --device rtx4090"
+        )
     if kind == "mps":
         return dataclasses.replace(DEVICES["m2-max"], name="mps", memory_bytes=_ram_total())
     return card or _processor()
@@ -127,35 +129,34 @@ def this_device(kind: str = "auto", *, index: int = 0) -> Device:
 
 @cache
 def _cuda_card(index: int) -> Device | None:
-    if not any(Path("/dev").glob("nvidia[0-9]*")) and not os.path.exists("/dev/kfd"):
-        if sys.platform.startswith("linux") and not os.path.exists("/dev/dxg"):
-            return None  # no driver: spare the import of torch
+    doors = [*Path("/dev").glob("nvidia[0-9]*"), Path("/dev/kfd"), Path("/dev/dxg")]
+    if sys.platform.startswith("linux") and not any(door.exists() for door in doors):
+        return None  # no driver: spare the import of torch
     import torch
 
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         return None
     properties = torch.cuda.get_device_properties(index)
+    free = torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index)
     flat = re.sub(r"[^a-z0-9]", "", properties.name.lower())
     for name in sorted(DEVICES, key=len, reverse=True):
         if name.partition("-")[0].replace("ti16", "ti") in flat and DEVICES[name].kind == "cuda":
             near = DEVICES[name]
             if abs(near.memory_bytes - properties.total_memory) < 0.15 * near.memory_bytes:
-                return dataclasses.replace(near, memory_bytes=properties.total_memory)
+                return dataclasses.replace(near, memory_bytes=free)
     cores = properties.multi_processor_count
     fp32 = cores * 128 * 2 * 1.5e9
     half = 4 * fp32 if properties.major >= 7 else None
     kind: Literal["bfloat16", "float16"] = "bfloat16" if properties.major >= 8 else "float16"
-    return Device(properties.name, "cuda", properties.total_memory, 500e9, fp32, half, kind)
+    return Device(properties.name, "cuda", free, 500e9, fp32, half, kind)
 
 
 def _processor() -> Device:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    lanes = 1.0
-    try:
+    lanes = 1.0  # not Linux: assume AVX2
+    with contextlib.suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         lanes = 1.6 if "avx512f" in flags else 1.0 if "avx2" in flags else 0.5
-    except OSError:
-        pass  # not Linux: assume AVX2
     speed = (cores or 1) * _CPU_FLOPS_A_CORE * lanes
     return Device("cpu", "cpu", _ram_available(), _CPU_BANDWIDTH, speed)
 
@@ -168,15 +169,25 @@ def _ram_total() -> int:
 
 
 def _ram_available() -> int:
-    """Memory a new process can take now: what the kernel says, within the container's limit."""
+    """Memory this process can have: what it holds and what the kernel and the container leave it."""
     available = _ram_total()
     try:
-        rows = Path("/proc/meminfo").read_text(encoding="ascii")
-        available = int(re.search(r"MemAvailable:\s+(\d+)", rows).group(1)) * 1024  # type: ignore[union-attr]
+        mine = _kilobytes("/proc/self/status", "VmRSS")
+        available = mine + _kilobytes("/proc/meminfo", "MemAvailable")
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
         if limit != "max":
-            available = min(available, int(limit) - used)
-    except (OSError, AttributeError, ValueError):
-        pass  # no such files here: the total must do
+            available = min(available, int(limit) - used + mine)
+    except (OSError, ValueError):
+        pass  # no such files here: what is known so far must do
     return max(available, 2**28)
+
+
+def _kilobytes(path: str, field: str) -> int:
+    """The bytes that a line such as `MemAvailable:  123 kB` names."""
+    found = re.search(
+        rf"^{field}:\s+(\d+) kB", Path(path).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    if found is None:
+        raise ValueError(f"{path} has no {field}")
+    return int(found.group(1)) * 1024

@@ -7,21 +7,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pennyweight.plan.activations import kept_bytes, rebuilt_bytes, transient_bytes
+from pennyweight.plan.activations import kept_bytes, largest_linear, transient_bytes
 from pennyweight.plan.setting import Recompute, Setting
 
-__all__ = ["Moment", "Part", "held_weights", "parts", "peak", "peak_bytes"]
+__all__ = ["Moment", "Part", "parts", "peak", "peak_bytes"]
 
 Moment = Literal["load", "loss", "backward", "step"]
 ALWAYS: tuple[Moment, ...] = get_args(Moment)
 TRAINING: tuple[Moment, ...] = ("loss", "backward", "step")
 PASS: tuple[Moment, ...] = ("loss", "backward")
 
-CHUNK_TOKENS = 1024
 MIB = 2**20
+# Bytes of one chunk of float32 logits; the same as in `pennyweight.loss`.
+CHUNK_BYTES = {"cpu": 64 * MIB}
+CHUNK_BYTES_DEVICE = 512 * MIB
 # Resident before a model is: interpreter, torch, transformers (measured on Linux); context and
 # cuBLAS workspaces on a card.
-PROCESS_BYTES = {"cpu": 520 * MIB, "cuda": 600 * MIB, "mps": 520 * MIB}
+PROCESS_BYTES = {"cpu": 480 * MIB, "cuda": 600 * MIB, "mps": 480 * MIB}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,35 +37,15 @@ class Part:
     allocated: bool = True
 
 
-def held_weights(setting: Setting) -> tuple[int, int]:
-    """Bytes of the linear weights as stored, and of everything else in the base."""
-    linear = other = 0
-    for parameter in setting.shapes.parameters:
-        if parameter.tied_to:
-            continue
-        if parameter.kind == "linear" and setting.storage != "none":
-            from pennyweight.quant import storage_bytes
-
-            linear += storage_bytes(
-                parameter.shape, setting.storage, setting.config.base.double_quantization
-            )
-        elif parameter.kind == "linear":
-            linear += parameter.elements * setting.weight_bytes
-        else:
-            other += parameter.elements * setting.weight_bytes
-    return linear, other
-
-
 def parts(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
     """Every part of the memory that a run under this recompute policy takes."""
     tokens = setting.micro_tokens
-    linear, other = held_weights(setting)
-    trained = setting.trained_elements
+    linear, other = setting.held_weights
     return (
         Part("linear weights", linear, _stored_as(setting)),
         Part("embeddings, head, norms", other, setting.dtype if not setting.full else "float32"),
         *_while_loading(setting),
-        *_trained(setting, trained),
+        *_trained(setting, policy),
         Part(
             "activations",
             math.ceil(kept_bytes(setting, policy) * tokens),
@@ -72,13 +54,18 @@ def parts(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
         ),
         Part("loss", _loss_bytes(setting), "one chunk of logits, gradient of hidden", ("loss",)),
         Part(
-            "backward",
-            math.ceil((rebuilt_bytes(setting, policy) + transient_bytes(setting)) * tokens),
-            "one layer's gradients" + ("" if policy == "none" else " and recomputed tensors"),
+            "workspace",
+            math.ceil(transient_bytes(setting, policy)),
+            _workspace_note(setting, policy),
             ("backward",),
         ),
-        *_dense_copies(setting),
-        Part("process", PROCESS_BYTES[setting.device.kind], "interpreter, torch, kernels", ALWAYS, False),
+        Part(
+            "process",
+            PROCESS_BYTES[setting.device.kind],
+            "interpreter, torch, kernels",
+            ALWAYS,
+            False,
+        ),
     )
 
 
@@ -106,35 +93,48 @@ def _while_loading(setting: Setting) -> tuple[Part, ...]:
     """One weight in full beside the quantized ones while it is turned."""
     if setting.storage == "none":
         return ()
-    largest = max((p.elements for p in setting.shapes.linears), default=0)
-    return (Part("quantizing", largest * 4 * 3, "one weight at a time", ("load",)),)
+    return (Part("quantizing", largest_linear(setting) * 4 * 3, "one weight at a time", ("load",)),)
 
 
-def _trained(setting: Setting, trained: int) -> tuple[Part, ...]:
-    master = () if setting.full else (Part("adapter", 4 * trained, "float32"),)
-    copies = (
-        (Part("16-bit copies", 2 * trained, f"{setting.dtype} for the products", PASS),)
-        if setting.mixed
-        else ()
-    )
-    return (
-        *master,
-        *copies,
-        Part("gradients", 4 * trained, "float32", TRAINING),
-        Part("optimizer", 8 * trained, "AdamW's two moments, float32", TRAINING),
-    )
+def _trained(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
+    """Masters, gradients and moments. Gradients are dropped after each step, so without
+    accumulation the first of a step's passes begins without them, and recompute meets them only
+    as layer after layer is done."""
+    trained = setting.trained_elements
+    rows = [Part("adapter", 4 * trained, "float32")] if not setting.full else []
+    if setting.mixed:
+        rows.append(Part("16-bit copies", 2 * trained, f"{setting.dtype}, for the products", PASS))
+    moments: tuple[Moment, ...] = ("step",)
+    if setting.config.train.gradient_accumulation_steps > 1:
+        moments = TRAINING
+    elif policy != "none":
+        moments = ("backward", "step")
+    rows.append(Part("gradients", 4 * trained, "float32", moments))
+    rows.append(Part("optimizer", 8 * trained, "AdamW's two moments, float32", TRAINING))
+    if setting.full and moments == ("step",):
+        head = 8 * setting.shapes.head_elements
+        rows.append(Part("head gradient", head, "made with the loss", PASS))
+    return tuple(rows)
 
 
 def _loss_bytes(setting: Setting) -> int:
+    """Chunks of float32 logits at the worst instant, and the gradient of the hidden rows.
+
+    One chunk and the exponentials that log-sum-exp takes of it; the chunk before is still there
+    while the next one is made. A trained head has a gradient too.
+    """
     shapes, tokens = setting.shapes, setting.micro_tokens
-    chunk = min(CHUNK_TOKENS, tokens) * shapes.vocab * 4 * 2
-    return chunk + tokens * shapes.hidden * 4
+    limit = CHUNK_BYTES.get(setting.device.kind, CHUNK_BYTES_DEVICE)
+    chunk = max(16, limit // (4 * shapes.vocab))
+    logits = min(chunk, tokens) * shapes.vocab * (8 if tokens <= chunk else 12)
+    return logits + tokens * shapes.hidden * setting.product_bytes
 
 
-def _dense_copies(setting: Setting) -> tuple[Part, ...]:
-    """The weight that is being multiplied, dense for as long as its product takes."""
+def _workspace_note(setting: Setting, policy: Recompute) -> str:
+    note = (
+        "gradients under way" if policy == "none" else "one layer recomputed, gradients under way"
+    )
     if setting.storage == "none":
-        return ()
-    largest = max((p.elements for p in setting.shapes.linears), default=0)
-    size = largest * setting.product_bytes
-    return (Part("dequantization", size, "the largest weight, dense", PASS),)
+        return note
+    dense = largest_linear(setting) * setting.product_bytes
+    return f"{note}, one weight dense ({dense / 1e6:.1f} MB)"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 from pennyweight.config import RunConfig
 from pennyweight.plan.cost import cost
@@ -27,7 +28,7 @@ class Fit:
     batch_size: int
     recompute: Recompute
     peak_bytes: int
-    longest_by_policy: dict[str, int]
+    longest_by_policy: dict[Recompute, int]
     overrides: tuple[str, ...]
 
 
@@ -49,7 +50,7 @@ def mends(setting: Setting, budget_bytes: int) -> tuple[tuple[str, ...], int] | 
     for group in _candidates(setting):
         fitting: list[tuple[float, tuple[str, ...], int]] = []
         for overrides in group:
-            trial = replace(setting, config=_with(setting.config, overrides))
+            trial = setting.again(_with(setting.config, overrides))
             policy = chosen_policy(trial, budget_bytes)
             used = peak_bytes(trial, policy)
             if used <= budget_bytes:
@@ -65,17 +66,17 @@ def largest_fit(setting: Setting, budget_bytes: int) -> Fit | None:
     limit = setting.rows.longest if setting.rows else setting.shapes.max_positions
     limit = min(limit, setting.shapes.max_positions)
 
-    def fits(length: int, batch: int, policy: Recompute) -> bool:
+    def fits(batch: int, policy: Recompute, length: int) -> bool:
         return peak_bytes(sized(setting, length, batch), policy) <= budget_bytes
 
-    longest = {p: _most(limit, lambda n, p=p: fits(n, 1, p)) for p in RUNNABLE}
+    longest = {p: _most(limit, partial(fits, 1, p)) for p in RUNNABLE}
     length = max(longest.values())
     if length < 8:
         return None
     length = length if length == limit or length < 64 else length // 64 * 64
     policy = next(p for p in RUNNABLE if longest[p] >= length)
     most_rows = max(1, setting.rows.tokens // length) if setting.rows else 4096
-    batch = _most(most_rows, lambda n: fits(length, n, policy))
+    batch = _most(most_rows, lambda n: fits(n, policy, length))
     chosen = sized(setting, length, batch)
     return Fit(
         max_length=length,
@@ -93,7 +94,11 @@ def largest_fit(setting: Setting, budget_bytes: int) -> Fit | None:
 
 def _candidates(setting: Setting) -> Iterator[list[tuple[str, ...]]]:
     """Overrides in groups: within a group only the speed differs, later groups change more."""
-    train, length, rank = setting.config.train, setting.config.data.max_length, setting.config.adapter.r
+    train, length, rank = (
+        setting.config.train,
+        setting.config.data.max_length,
+        setting.config.adapter.r,
+    )
     stores: list[tuple[str, ...]] = [()]
     if setting.full:
         stores.append(("train.method=lora",))
@@ -154,7 +159,7 @@ def sized(setting: Setting, length: int, batch: int) -> Setting:
     data = given.data.model_copy(update={"max_length": length})
     train = given.train.model_copy(update={"batch_size": batch, "tokens_per_step": None})
     config = given.model_copy(update={"data": data, "train": train})
-    return replace(setting, config=config)
+    return setting.again(config)
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from pennyweight.config import RunConfig
+from pennyweight.config import Quantization, RunConfig
 from pennyweight.errors import ConfigError
 from pennyweight.plan.devices import Device
 from pennyweight.shapes import Parameter, Shapes
@@ -60,7 +60,7 @@ class Setting:
         return self.method == "full"
 
     @property
-    def storage(self) -> str:
+    def storage(self) -> Quantization:
         """How linear weights are held: quantized for `qlora` alone."""
         return self.config.base.quantization if self.method == "qlora" else "none"
 
@@ -123,6 +123,42 @@ class Setting:
                 copies *= size
             low_rank, copies = low_rank + copies, 1
         return low_rank
+
+    @cached_property
+    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        """Layers that are alike, as (index of one, how many)."""
+        counts: dict[object, list[int]] = {}
+        for index, layer in enumerate(self.shapes.by_layer):
+            key = tuple(
+                (p.module.rpartition(".")[2], p.shape, self.ranks.get(p.module)) for p in layer
+            )
+            counts.setdefault(key, []).append(index)
+        return tuple((alike[0], len(alike)) for alike in counts.values())
+
+    @cached_property
+    def held_weights(self) -> tuple[int, int]:
+        """Bytes of the linear weights as stored, and of everything else in the base."""
+        linear = other = 0
+        for parameter in self.shapes.parameters:
+            if parameter.kind != "linear":
+                other += parameter.elements * self.weight_bytes
+            elif self.storage == "none":
+                linear += parameter.elements * self.weight_bytes
+            else:
+                from pennyweight.quant import storage_bytes
+
+                double = self.config.base.double_quantization
+                linear += storage_bytes(parameter.shape, self.storage, double)
+        return linear, other
+
+    def again(self, config: RunConfig) -> Setting:
+        """The same model, device and data under another config; what cannot differ is kept."""
+        other = replace(self, config=config)
+        before, now = self.config, config
+        if (before.adapter, before.base, self.method) == (now.adapter, now.base, other.method):
+            for name in ("ranks", "adapter_elements", "layer_kinds", "held_weights"):
+                other.__dict__[name] = getattr(self, name)
+        return other
 
     @property
     def trained_elements(self) -> int:

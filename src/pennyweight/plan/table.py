@@ -54,7 +54,9 @@ def rows_of(plan: Plan) -> list[tuple[str, str, str]]:
 
 def sentence_of(plan: Plan) -> str:
     """The verdict in words, with what to paste."""
-    needs = f"needs {as_size(plan.peak_bytes)} of {as_size(plan.budget_bytes)} on {plan.device.name}"
+    needs = (
+        f"needs {as_size(plan.peak_bytes)} of {as_size(plan.budget_bytes)} on {plan.device.name}"
+    )
     if plan.verdict == "fits":
         return f"Fits: {needs}."
     if plan.verdict == "cannot":
