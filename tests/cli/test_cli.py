@@ -103,7 +103,8 @@ def test_alone_it_shows_its_help(run: Any) -> None:
         (["train", "run.yaml", "--fast"], "No such option"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["explain", "train.lerning_rate"], "did you mean train.learning_rate"),
-        (["init", "--method", "lorra"], "train.method: found 'lorra'"),
+        (["init", "--method", "lorra"], "'lorra' is not one of 'qlora', 'lora', 'full'"),
+        (["init", "--model", ""], "base.model: found ''"),
     ],
 )
 def test_a_wrong_call_ends_with_2_and_says_why(run: Any, arguments: list[str], said: str) -> None:
@@ -206,8 +207,9 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_train_gives_one_json_line_and_sends_the_talk_to_stderr(
     run: Any, room: Any, tmp_path: Path
 ) -> None:
-    def finetune(config: Any, *, origin: Any) -> Any:
+    def finetune(config: Any, *, origin: Any, text: str) -> Any:
         print("a library talks on stdout")
+        assert text == path.read_text()
         assert origin["seed"] == "command line"
         return SimpleNamespace(to_dict=lambda: {"steps": config.seed, "loss": float("nan")})
 
@@ -223,23 +225,24 @@ def test_train_gives_one_json_line_and_sends_the_talk_to_stderr(
 def test_evaluate_shows_base_and_adapter_side_by_side(run: Any, room: Any) -> None:
     measured = {
         "base": {"loss": 2.5, "loss_interval_95": (2.4, 2.6), "documents": 1200},
-        "adapter": {"loss": 1.25, "loss_interval_95": None, "documents": 1200, "exact_match": 0.5},
-        "rows": 1200,
+        "tuned": {"loss": 1.25, "loss_interval_95": None, "documents": 1200, "exact_match": 0.5},
+        "loss_difference": {"difference": -1.25, "interval_95": (-1.5, -1.0), "rows": 1200},
     }
-    room("finetune", evaluate_run=lambda folder, **limits: measured)
+    room("runs", evaluate_run=lambda folder, **limits: measured)
     assert run("evaluate", "runs/my", "--json").json["base"]["loss_interval_95"] == [2.4, 2.6]
     text = run("evaluate", "runs/my").out
     assert "base" in text.splitlines()[1]
-    assert "adapter" in text.splitlines()[1]
+    assert "tuned" in text.splitlines()[1]
+    assert "loss difference  difference -1.25, interval 95 -1.5, -1, rows 1,200" in text
     assert "2.5  [2.4, 2.6]" in text
     assert "1,200" in text
 
 
 def test_chat_says_one_thing_or_many(run: Any, room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_chat(folder: Path, adapter: str | None) -> Any:
+    def open_chat(folder: Path, adapter: str | None, *, temperature: float) -> Any:
         return SimpleNamespace(send=lambda text: iter([str(adapter), ": ", text]))
 
-    room("finetune", open_chat=open_chat)
+    room("runs", open_chat=open_chat)
     assert run("chat", "runs/my", "-m", "hi").out == "default: hi\n"
     assert run("chat", "runs/my", "--adapter", "none", "-m", "hi", "--json").json == {
         "adapter": "none",
@@ -259,10 +262,10 @@ def test_chat_says_one_thing_or_many(run: Any, room: Any, monkeypatch: pytest.Mo
 
 
 def test_merge_passes_the_base_it_is_told(run: Any, room: Any) -> None:
-    def merge_run(folder: Path, out: Path, *, base: str) -> Any:
+    def merge_run(folder: Path, out: Path, *, base: str, dtype: str | None) -> Any:
         return SimpleNamespace(to_dict=lambda: {"folder": str(out), "onto": base})
 
-    room("finetune", merge_run=merge_run)
+    room("runs", merge_run=merge_run)
     said = run("merge", "runs/my", "--out", "merged", "--base", "original", "--json").json
     assert said == {"folder": "merged", "onto": "original"}
 

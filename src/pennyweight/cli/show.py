@@ -109,20 +109,18 @@ def _number(value: Any) -> str:
 
 
 def evaluation(answer: Mapping[str, Any]) -> Any:
-    """One row a measure, one column for each of base, adapter and whatever else was measured."""
+    """One row a measure, one column a model; below them what changed, with its interval."""
     from rich.console import Group
 
-    arms = {name: plain(value) for name, value in answer.items() if isinstance(value, Mapping)}
-    rest = {name: value for name, value in answer.items() if name not in arms}
-    measures = dict.fromkeys(name for arm in arms.values() for name in arm)
-    rows = []
-    for measure in measures:
-        if measure.endswith("_interval_95"):
-            continue
-        cells = [_with_interval(arm, measure) for arm in arms.values()]
-        rows.append((measure.replace("_", " "), *cells))
-    shown: list[Any] = [table(("", *arms), rows, figures=range(1, 1 + len(arms)))]
-    return Group(*shown, *([facts(rest)] if rest else []))
+    answer = plain_fields(answer)
+    arms = {name: value for name, value in answer.items() if "loss" in value}
+    rows = [
+        (measure.replace("_", " "), *(_with_interval(arm, measure) for arm in arms.values()))
+        for measure in dict.fromkeys(name for arm in arms.values() for name in arm)
+        if not measure.endswith("_interval_95")
+    ]
+    changes = {name: value for name, value in answer.items() if name not in arms}
+    return Group(table(("", *arms), rows, figures=range(1, 1 + len(arms))), facts(changes))
 
 
 def _with_interval(arm: Mapping[str, Any], measure: str) -> str:
@@ -166,9 +164,9 @@ def plan(said: Any) -> Any:
 
 
 def plain_fields(value: Any) -> dict[str, Any]:
-    """A frozen dataclass as plain values."""
+    """A frozen dataclass, or a table, as plain values."""
     fields = plain(value)
-    assert isinstance(fields, dict), "a dataclass has named fields"
+    assert isinstance(fields, dict), "what has named fields"
     return fields
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -55,7 +55,9 @@ def init(
     data: Annotated[
         str, typer.Option(help="A file, a folder, a dataset id, or builtin.")
     ] = "builtin",
-    method: Annotated[str, typer.Option(help="qlora, lora or full.")] = "qlora",
+    method: Annotated[
+        Literal["qlora", "lora", "full"], typer.Option(help="What is trained, on what base.")
+    ] = "qlora",
     output_dir: Annotated[str, typer.Option(help="Where the run writes.")] = "runs/my",
     as_json: Json = False,
 ) -> None:
@@ -72,6 +74,9 @@ def preview(
     run: RunFile,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the ledger of all rows and its histogram.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show rows as the model reads them, trained tokens in green.
@@ -82,9 +87,9 @@ def preview(
 
     with show.Printer(as_json) as printer:
         config = load_run(run, overrides or ()).config
-        from pennyweight.finetune import preview as look
+        from pennyweight.finetune import look
 
-        seen = look(config, rows)
+        seen = look(config, rows, out=out)
         printer.give(seen.to_dict(), lambda: show.preview(seen.shown, seen.lines))
 
 
@@ -129,7 +134,7 @@ def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> N
         # After the description was found sound: what follows takes seconds to import.
         from pennyweight.finetune import finetune
 
-        result = finetune(loaded.config, origin=loaded.origin)
+        result = finetune(loaded.config, origin=loaded.origin, text=loaded.text)
         printer.give(result.to_dict(), lambda: show.facts(result.to_dict()))
 
 
@@ -143,7 +148,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure base and adapter on the held-out rows."""
-    from pennyweight.finetune import evaluate_run
+    from pennyweight.runs import evaluate_run
 
     with show.Printer(as_json) as printer:
         measured = evaluate_run(run, max_rows=rows, generate_rows=answers)
@@ -157,13 +162,14 @@ def chat(
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Say this and end.")
     ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Talk to a tuned model, or to its base."""
-    from pennyweight.finetune import open_chat
+    from pennyweight.runs import open_chat
 
     with show.Printer(as_json) as printer:
-        session = open_chat(run, None if adapter == "none" else adapter)
+        session = open_chat(run, None if adapter == "none" else adapter, temperature=temperature)
         if as_json and message is None:
             message = sys.stdin.read()
         if message is not None:
@@ -178,15 +184,19 @@ def merge(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
     base: Annotated[
-        str, typer.Option(help="as-trained (what the adapter was trained on) or original.")
+        Literal["as-trained", "original"],
+        typer.Option(help="The weights it was trained beside, or those of the base's files."),
     ] = "as-trained",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fold the adapter into its base: a plain Hugging Face folder."""
-    from pennyweight.finetune import merge_run
+    from pennyweight.runs import merge_run
 
     with show.Printer(as_json) as printer:
-        report = merge_run(run, out, base=base)
+        report = merge_run(run, out, base=base, dtype=dtype)
         printer.give(report.to_dict(), lambda: show.facts(report.to_dict()))
 
 

@@ -39,7 +39,7 @@ class Document:
     faults: list[tuple[int, str]] = field(default_factory=list)
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """The parser alone: no plain word is given a meaning here."""
 
     DEFAULT_SCALAR_TAG = "untagged"
