@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ __all__ = [
     "adapter_of",
     "attach",
     "attached",
+    "check_fit",
     "check_name",
     "described",
     "detach",
@@ -83,7 +84,7 @@ def attach(
             f"an adapter named {name!r} is attached already; detach it first or choose another name"
         )
     adapter = what if isinstance(what, Adapter) else _fresh(base, what, seed)
-    _bind(base, adapter)
+    check_fit(base, adapter)
     device = next(base.module.parameters()).device
     for path, (a, b) in adapter.factors.items():
         factors = LoraFactors(
@@ -123,14 +124,15 @@ def attached(base: Resident) -> list[str]:
 
 def adapter_of(base: Resident, name: str, config: LoraConfig) -> Adapter:
     """The attached adapter as a value; its tensors are the live masters, not copies."""
-    factors, saved = {}, {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
     for path, layer in base.module.named_modules():
         if isinstance(layer, AdaptedModule) and name in layer:
             inner = layer.of(name)
             if isinstance(inner, LoraFactors):
                 factors[path] = (inner.lora_A, inner.lora_B)
             else:
-                saved[path] = inner.weight
+                saved[path] = cast(Tensor, inner.weight)
     if not factors and not saved:
         raise AdapterError(
             f"no adapter named {name!r} is attached; attached are: {', '.join(attached(base)) or 'none'}"
@@ -174,8 +176,8 @@ def _fresh(base: Resident, config: LoraConfig, seed: int) -> Adapter:
     return Adapter(config, factors, saved, base_name=base.name, base_fingerprint=base.fingerprint)
 
 
-def _bind(base: Resident, adapter: Adapter) -> None:
-    """Refuse, all at once, what does not fit this base."""
+def check_fit(base: Resident, adapter: Adapter) -> None:
+    """Refuse with one AdapterError that names every fault what does not fit this base."""
     layers = linear_modules(base.module)
     modules = dict(base.module.named_modules())
     faults = []
@@ -208,6 +210,11 @@ def _bind(base: Resident, adapter: Adapter) -> None:
             faults.append(
                 f"{path}: trained copy {tuple(weight.shape)}, base {tuple(modules[path].weight.shape)}"
             )
+    faults += [
+        f"{path}: one adapter trains it whole, another by factors; choose one way"
+        for path in (*adapter.factors, *adapter.saved)
+        if isinstance(modules.get(path), TrainedCopy if path in adapter.factors else LoraLinear)
+    ]
     if faults:
         raise AdapterError.all(faults[:20])
 
@@ -225,17 +232,18 @@ def _unfilled(base: Resident, adapter: Adapter, layers: Mapping[str, nn.Module])
 
 
 def _attach_copies(base: Resident, saved: Mapping[str, Tensor], name: str, trainable: bool) -> None:
-    """Full trained copies; the copies of tied weights are one parameter."""
-    shared: dict[int, nn.Parameter] = {}
+    """Full trained copies; copies of tied weights that are equal are one parameter."""
+    shared: list[tuple[int, nn.Parameter]] = []
     device = next(base.module.parameters()).device
     for path, weight in saved.items():
-        base_weight = _plain(base.module.get_submodule(path)).weight
-        key = base_weight.data_ptr()
-        if key not in shared:
-            shared[key] = nn.Parameter(
-                weight.to(device, torch.float32, copy=True), requires_grad=trainable
-            )
-        _adapted(base, path, TrainedCopy).put(name, CopiedWeight(shared[key]))
+        base_weight = cast(Tensor, _plain(base.module.get_submodule(path)).weight)
+        value = weight.detach().to(device, torch.float32)
+        same = (p for at, p in shared if at == base_weight.data_ptr() and torch.equal(p, value))
+        copy = next(same, None)
+        if copy is None:
+            copy = nn.Parameter(value.clone(), requires_grad=trainable)
+            shared.append((base_weight.data_ptr(), copy))
+        _adapted(base, path, TrainedCopy).put(name, CopiedWeight(copy))
 
 
 def _copied_paths(base: Resident, config: LoraConfig) -> list[str]:
@@ -287,9 +295,10 @@ def _head_path(base: Resident) -> str | None:
 
 
 def described(adapter: Adapter, base: Resident, **about: Any) -> Adapter:
-    """The adapter with what PEFT wants to know of its base: short target names, Conv1D weights."""
+    """The adapter with what PEFT wants to know of its base: short target names, Conv1D weights, tied copies."""
     layers = linear_modules(base.module)
     plain = [_plain(layers[p]) for p in adapter.factors]
+    copies = [id(weight) for weight in adapter.saved.values()]
     return replace(
         adapter,
         about={
@@ -298,6 +307,7 @@ def described(adapter: Adapter, base: Resident, **about: Any) -> Adapter:
             "fan_in_fan_out": any(
                 type(p).__name__ == "Conv1D" or getattr(p, "fan_in_fan_out", False) for p in plain
             ),
+            "ensure_weight_tying": len(set(copies)) < len(copies),
             **about,
         },
     )

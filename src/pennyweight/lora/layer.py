@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,10 @@ class LoraFactors(nn.Module):
 class AdaptedModule(nn.Module):
     """A frozen module and what named adapters put beside it; `path` is its full name in the base."""
 
+    base_layer: nn.Module
+    adapters: nn.ModuleDict
+    route: Route
+
     def __init__(self, base_layer: nn.Module, route: Route, path: str) -> None:
         super().__init__()
         self.base_layer, self.path = base_layer, path
@@ -129,10 +134,10 @@ class LoraLinear(AdaptedModule):
 
     @property
     def weight(self) -> Tensor:
-        return self.base_layer.weight
+        return cast(Tensor, self.base_layer.weight)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        y = self.base_layer(x)
+        y: Tensor = self.base_layer(x)
         runs = self.runs(x.shape[-2])
         if len(runs) == 1:
             name = runs[0][0]
@@ -174,7 +179,7 @@ class TrainedCopy(AdaptedModule):
 
     @property
     def weight(self) -> Tensor:
-        return self.base_layer.weight
+        return cast(Tensor, self.base_layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         axis = -1 if isinstance(self.base_layer, nn.Embedding) else -2
@@ -186,17 +191,17 @@ class TrainedCopy(AdaptedModule):
 
     def _run(self, x: Tensor, name: str | None) -> Tensor:
         if name is None or name not in self:
-            return self.base_layer(x)
-        weight = self.of(name).weight.to(self.base_layer.weight.dtype)
-        return torch.func.functional_call(self.base_layer, {"weight": weight}, (x,))
+            return cast(Tensor, self.base_layer(x))
+        weight = cast(Tensor, self.of(name).weight).to(self.weight.dtype)
+        return cast(Tensor, torch.func.functional_call(self.base_layer, {"weight": weight}, (x,)))
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear-like layer; transformers' Conv1D stores its weight as [in, out]."""
     if type(layer).__name__ == "Conv1D":
-        d_in, d_out = layer.weight.shape
+        d_in, d_out = cast(Tensor, layer.weight).shape
         return d_out, d_in
-    return layer.out_features, layer.in_features
+    return cast(int, layer.out_features), cast(int, layer.in_features)
 
 
 def stable_seed(seed: int, *words: object) -> int:

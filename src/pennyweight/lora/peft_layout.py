@@ -128,7 +128,7 @@ def _lora_config(settings: Mapping[str, Any], path: Path, faults: list[str]) -> 
     try:
         return LoraConfig(**fields)
     except ValueError as fault:
-        details = getattr(fault, "errors", list)()
+        details: list[dict[str, Any]] = getattr(fault, "errors", list)()
         faults += [f"{path}: {'.'.join(map(str, d['loc']))}: {d['msg']}" for d in details] or [
             f"{path}: {fault}"
         ]
