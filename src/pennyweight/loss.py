@@ -104,11 +104,13 @@ class _PlainHead(torch.autograd.Function):
             part = slice(start, start + chunk)
             h = hidden[rows[part]]
             logits, slope = _logits(h @ W.T, bias, softcap, scale)
-            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-            losses[part] = (log_sum - logits.gather(1, wanted[part, None]))[:, 0]
+            top, chosen = logits.amax(1, keepdim=True), logits.gather(1, wanted[part, None])
+            powers = logits.sub_(top).exp_()
+            normalizer = powers.sum(1, keepdim=True)
+            losses[part] = (normalizer.log() + top - chosen)[:, 0]
             if not (hidden_grad or weight_grad):
                 continue
-            error = logits.sub_(log_sum).exp_()
+            error = powers.div_(normalizer)
             error.scatter_add_(1, wanted[part, None], error.new_full((len(h), 1), -1.0))
             if slope is not None:
                 error.mul_(slope)
@@ -134,7 +136,8 @@ class _PlainHead(torch.autograd.Function):
         if grad_rows is not None:
             to_hidden = grad_rows.new_zeros(ctx.tokens, grad_rows.shape[1])
             to_hidden.index_copy_(0, rows, grad_rows * grad.to(grad_rows.dtype))
-        to_weight = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
+        # In place, since it is as large as the head; a second backward would be refused.
+        to_weight = None if grad_weight is None else grad_weight.mul_(grad).to(ctx.weight_dtype)
         to_bias = None if grad_bias is None else (grad_bias * grad).to(ctx.bias_dtype)
         return to_hidden, to_weight, to_bias, None, None, None, None, None, None, None
 

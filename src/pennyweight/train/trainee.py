@@ -88,7 +88,8 @@ class Trainee:
         """Add the batch's gradient of the summed loss; gives that sum and its count.
 
         Where memory does not do, the whole window since the last `optim_step` is computed again in
-        smaller parts, so what accumulates is the same. MemoryExhausted: one document is too long.
+        smaller parts, so what accumulates is the same (but for the inputs that dropout picks).
+        MemoryExhausted: one document is too long.
         """
         if not self._window:
             self._began = time.perf_counter()
