@@ -73,7 +73,7 @@ def collate(examples: Sequence[Example], adapter: str | None = "default") -> Bat
 
 
 def order(
-    lengths: Sequence[int],
+    lengths: Sequence[int] | np.ndarray,
     *,
     seed: int,
     epoch: int,
@@ -90,7 +90,8 @@ def order(
     if rows is not None:
         assert rows > 0
         return [tuple(chunk.tolist()) for chunk in _chunks(shuffled, rows)]
-    assert budget_tokens is not None and budget_tokens > 0
+    assert budget_tokens is not None
+    assert budget_tokens > 0
     sizes = np.asarray(lengths, dtype=np.int64)
     batches: list[tuple[int, ...]] = []
     for window in _chunks(shuffled, _WINDOW_DOCUMENTS):
@@ -99,10 +100,10 @@ def order(
 
 
 def efficiency(
-    lengths: Sequence[int], batches: Sequence[Sequence[int]], budget_tokens: int
+    lengths: Sequence[int] | np.ndarray, batches: Sequence[Sequence[int]], budget_tokens: int
 ) -> float:
     """Share of the token budget that holds tokens; 1.0 is a perfect packing."""
-    used = sum(lengths[i] for batch in batches for i in batch)
+    used = int(sum(lengths[i] for batch in batches for i in batch))
     return used / max(1, len(batches) * budget_tokens)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from pennyweight.data.codec import Codec
 from pennyweight.data.conversation import Conversation, Dropped, Example, Message
 from pennyweight.data.formats import chat_messages
-from pennyweight.data.surface import Surface, TurnRefused, surfaces
+from pennyweight.data.surface import Surface, TurnRefusedError, surfaces
 from pennyweight.data.turns import Piece, pieces
 from pennyweight.errors import DataError
 
@@ -111,17 +111,13 @@ class Renderer:
         surface = self._surfaces[kind]
         try:
             text = surface.text(parsed, tools, generation=True)
-        except TurnRefused as refused:
+        except TurnRefusedError as refused:
             raise DataError(str(refused)) from refused
         return self._with_bos(surface, self._codec.ids(text))
 
-    def decode(
-        self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True
-    ) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of generated ids."""
-        return self._codec.decode(
-            [int(i) for i in ids], skip_special_tokens=skip_special_tokens
-        )
+        return self._codec.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def render(self, conversation: Conversation) -> tuple[Example, ...] | Dropped:
         """One example in most cases; one for each trained turn where the turns cannot share one."""
@@ -161,7 +157,7 @@ class Renderer:
         surface = self._surfaces[conversation.kind]
         try:
             return pieces(surface, messages, conversation.tools, train_on=self.train_on)
-        except TurnRefused as refused:
+        except TurnRefusedError as refused:
             return Dropped(conversation.source, str(refused))
 
     def _examples(self, piece: Piece, encoding: Any) -> list[_Tokens]:

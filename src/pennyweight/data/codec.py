@@ -45,24 +45,25 @@ class Codec:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """`tokenizers.Encoding`s with character offsets, on all cores."""
-        return self._backend.encode_batch(list(texts), add_special_tokens=False)
+        encodings: list[Any] = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return encodings
 
     def ids(self, text: str) -> list[int]:
         if (known := self._short.get(text)) is not None:
             return known
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         if len(text) <= _CACHE_CHARS and len(self._short) < _CACHE_ENTRIES:
             self._short[text] = ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def text_of(self, token_id: int) -> str | None:
         """The text that stands for this one added token, None where there is none."""
         if token_id not in self.added_ids:
             return None
-        text = self._backend.id_to_token(token_id)
+        text = str(self._backend.id_to_token(token_id))
         return text if self.ids(text) == [token_id] else None
 
     def seam(self, encoding: Any, ids: Sequence[int], text: str, prompt_chars: int) -> int | None:
@@ -86,7 +87,7 @@ class Codec:
         """Ids of text that follows other text, None where no guard keeps its first token whole."""
         for guard in _GUARDS:
             before = self.ids(guard)
-            both = self._backend.encode(guard + text, add_special_tokens=False).ids
+            both: list[int] = self._backend.encode(guard + text, add_special_tokens=False).ids
             if both[: len(before)] == before:
                 return both[len(before) :]
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 from pennyweight.config import DataConfig, Source
 from pennyweight.data.conversation import Conversation
-from pennyweight.data.formats import RowRefused, as_conversation, detect, renamed
+from pennyweight.data.formats import RowRefusedError, as_conversation, detect, renamed
 from pennyweight.data.hub import hub_files
 from pennyweight.data.read import Faults, Row, data_files, nearest, read_rows, suffix_of
 from pennyweight.data.trees import grown
@@ -62,31 +63,30 @@ def locate(sources: str | Source | Sequence[str | Source], config: DataConfig) -
     return located
 
 
-def _locate(source: Source, format: str) -> Located:
+def _locate(source: Source, form: str) -> Located:
     if source.path == "builtin":
-        return Located(source, (), (), format)
+        return Located(source, (), (), form)
     path = Path(source.path).expanduser()
     if path.is_dir():
         files = data_files(path, source.split)
         return Located(
-            source, tuple(files), tuple(str(f.relative_to(path.parent)) for f in files), format
+            source, tuple(files), tuple(str(f.relative_to(path.parent)) for f in files), form
         )
     if path.exists():
-        return Located(source, (path,), (path.name,), format)
+        return Located(source, (path,), (path.name,), form)
     if _HUB_ID.match(source.path) and not suffix_of(path):
         files, names = hub_files(source.path, source.split or "train")
-        return Located(source, tuple(files), tuple(names), format)
+        return Located(source, tuple(files), tuple(names), form)
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, beside)
     raise DataError(f"{source.path}: no such file, folder or Hub dataset{near}")
 
 
 def content_sha256(located: Located) -> str:
-    """Of the bytes of the source's files, in order; of the rows themselves for `builtin`."""
+    """Of the bytes of the source's files, in order; of what makes its rows for `builtin`."""
     digest = hashlib.sha256()
     if not located.files:
-        for row in _builtin_rows(located.source):
-            digest.update(json.dumps(row.value, sort_keys=True).encode())
+        digest.update(_builtin_identity(located.source))
     for path, name in zip(located.files, located.names, strict=True):
         digest.update(name.encode() + b"\0")
         with path.open("rb") as file:
@@ -97,28 +97,28 @@ def content_sha256(located: Located) -> str:
 def read(located: Located, columns: Mapping[str, str], faults: Faults) -> Read:
     """All rows of a source as conversations; what is wrong is added to `faults`."""
     rows = _rows(located, faults)
-    format = located.format
+    form = located.format
     conversations: list[Conversation] = []
     flat: list[Row] = []
     for row in rows:
         try:
             value = renamed(row.value, columns)
-            if format == "auto":
-                format = detect(value)
-            if format == "openassistant" and _is_flat(value):
+            if form == "auto":
+                form = detect(value)
+            if form == "openassistant" and _is_flat(value):
                 flat.append(Row(row.source, value))
                 continue
-            conversations.append(as_conversation(value, row.source, format))
-        except RowRefused as refused:
+            conversations.append(as_conversation(value, row.source, form))
+        except RowRefusedError as refused:
             faults.add(row.source, str(refused))
-            if format == "auto":
+            if form == "auto":
                 break  # the same fault for every row
     for row in grown(flat, faults):
         try:
-            conversations.append(as_conversation(row.value, row.source, format))
-        except RowRefused as refused:
+            conversations.append(as_conversation(row.value, row.source, form))
+        except RowRefusedError as refused:
             faults.add(row.source, str(refused))
-    return Read(conversations, format)
+    return Read(conversations, form)
 
 
 def _is_flat(value: Any) -> bool:
@@ -137,6 +137,14 @@ def _builtin_rows(source: Source) -> Iterator[Row]:
 
     for row in task.rows(source.split or "train"):  # type: ignore[arg-type]
         yield Row(f"builtin/{row['source']}", row)
+
+
+def _builtin_identity(source: Source) -> bytes:
+    """The rows are a function of this Python, whose library they are read from, and of that code."""
+    from pennyweight.builtin import task
+
+    code = Path(task.__file__).read_bytes()
+    return f"{sys.version}\0{source.split}\0".encode() + code
 
 
 def weighted(count: int, weight: float, *, seed: int, name: str) -> list[int]:

@@ -55,7 +55,8 @@ class Examples(Sequence[Example]):
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, `[examples]`."""
-        return (self._offsets[1:] - self._offsets[:-1])[self._chosen]
+        lengths: np.ndarray = np.diff(self._offsets)[self._chosen]
+        return lengths
 
     @property
     def trained_tokens(self) -> int:
@@ -103,7 +104,7 @@ class Examples(Sequence[Example]):
 
     @property
     def sources(self) -> list[str]:
-        return [self._sources[i] for i in self._chosen]
+        return [self._sources[int(i)] for i in self._chosen]
 
 
 def save_folder(folder: Path, parts: dict[str, Examples], facts: dict[str, Any]) -> None:
@@ -126,7 +127,7 @@ def save_folder(folder: Path, parts: dict[str, Examples], facts: dict[str, Any])
             text.write(json.dumps({"body_sha256": _sha256_text(body)}) + "\n" + body)
             text.flush()
             os.fsync(text.fileno())
-        os.rename(unfinished, folder)
+        unfinished.rename(folder)
     except OSError:
         if not folder.is_dir():  # else another run wrote the same first
             raise
@@ -143,16 +144,13 @@ def load_folder(folder: Path) -> tuple[dict[str, Examples], dict[str, Any]] | No
         manifest = json.loads(body)
         if any(_sha256(folder / name) != digest for name, digest in manifest["sha256"].items()):
             return None
-        parts = {
-            part: Examples(
-                *(
-                    np.load(folder / f"{part}.{name}.npy", mmap_mode="r", allow_pickle=False)
-                    for name in _ARRAYS
-                ),
-                sources,
+        parts = {}
+        for part, sources in manifest["sources"].items():
+            ids, trained, offsets, whole = (
+                np.load(folder / f"{part}.{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in _ARRAYS
             )
-            for part, sources in manifest["sources"].items()
-        }
+            parts[part] = Examples(ids, trained, offsets, whole, sources)
     except (OSError, ValueError, KeyError):
         return None
     return parts, manifest["facts"]

@@ -1,13 +1,15 @@
 """Raw rows to conversations: one small reader for each format people publish.
 
-A reader takes one row and gives its conversation, or raises RowRefused with
+A reader takes one row and gives its conversation, or raises RowRefusedError with
 `field: what was found, the mend`. Formats: `chat` (OpenAI), `alpaca`, `sharegpt`, `openassistant`,
 `prompt_completion`, `text`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from pennyweight.data.conversation import Conversation, Message
 from pennyweight.data.read import nearest
 from pennyweight.errors import DataError
 
-__all__ = ["FORMATS", "RowRefused", "as_conversation", "chat_messages", "detect", "renamed"]
+__all__ = ["FORMATS", "RowRefusedError", "as_conversation", "chat_messages", "detect", "renamed"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
@@ -29,19 +31,18 @@ _PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
     ("instruction", "response"), ("input", "output"),
 )  # fmt: skip
-_ALPACA_EMPTY = {"", "<noinput>", "noinput"}
 
 
-class RowRefused(ValueError):
+class RowRefusedError(ValueError):
     """One row that cannot be read; the message is `field: what, mend`."""
 
 
 def detect(row: Any) -> str:
-    """The format of a row by its keys; RowRefused where none fits."""
+    """The format of a row by its keys; RowRefusedError where none fits."""
     if isinstance(row, str):
         return "text"
     if not isinstance(row, Mapping):
-        raise RowRefused(f"a {_type(row)}, not an object with named fields")
+        raise RowRefusedError(f"a {_type(row)}, not an object with named fields")
     _refuse_preferences(row)
     keys = set(row)
     if "messages" in keys:
@@ -57,7 +58,7 @@ def detect(row: Any) -> str:
     if "text" in keys and not keys & {"label", "category", "intent"}:
         return "text"
     names = ", ".join(map(str, list(row)[:12]))
-    raise RowRefused(
+    raise RowRefusedError(
         f"no known format has the fields {names}; name yours, for instance "
         "data.columns: {prompt: YOUR_QUESTION, completion: YOUR_ANSWER}"
     )
@@ -70,21 +71,21 @@ def renamed(row: Any, columns: Mapping[str, str]) -> Any:
     for own, theirs in columns.items():
         if theirs not in row:
             near = nearest(theirs, [str(k) for k in row])
-            raise RowRefused(
+            raise RowRefusedError(
                 f"columns.{own}: no field {theirs!r}{near or '; it has ' + ', '.join(map(str, row))}"
             )
     kept = {k: v for k, v in row.items() if k not in columns.values() and k not in columns}
     return {**kept, **{own: row[theirs] for own, theirs in columns.items()}}
 
 
-def as_conversation(row: Any, source: str, format: str) -> Conversation:
-    """One row in a named format; RowRefused says what is wrong with it."""
-    if isinstance(row, str) and format == "text":
+def as_conversation(row: Any, source: str, form: str) -> Conversation:
+    """One row in a named format; RowRefusedError says what is wrong with it."""
+    if isinstance(row, str) and form == "text":
         row = {"text": row}
     if not isinstance(row, Mapping):
-        raise RowRefused(f"a {_type(row)}, not an object with named fields")
+        raise RowRefusedError(f"a {_type(row)}, not an object with named fields")
     _refuse_preferences(row)
-    return FORMATS[format](row, source)
+    return FORMATS[form](row, source)
 
 
 def chat_messages(
@@ -93,7 +94,7 @@ def chat_messages(
     """Messages as the OpenAI API writes them; DataError names the field of the first fault."""
     try:
         return _messages(rows, where)
-    except RowRefused as refused:
+    except RowRefusedError as refused:
         raise DataError(str(refused)) from refused
 
 
@@ -104,7 +105,7 @@ def _chat(row: Mapping[str, Any], source: str) -> Conversation:
 
 def _messages(rows: Any, where: str) -> tuple[Message, ...]:
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
-        raise RowRefused(f"{where}: {_found(rows)}; expected a list of messages")
+        raise RowRefusedError(f"{where}: {_found(rows)}; expected a list of messages")
     return tuple(
         m if isinstance(m, Message) else _message(m, f"{where}[{i}]") for i, m in enumerate(rows)
     )
@@ -112,19 +113,19 @@ def _messages(rows: Any, where: str) -> tuple[Message, ...]:
 
 def _message(row: Any, where: str) -> Message:
     if not isinstance(row, Mapping):
-        raise RowRefused(f"{where}: {_found(row)}; expected an object with role and content")
+        raise RowRefusedError(f"{where}: {_found(row)}; expected an object with role and content")
     if "role" not in row:
         hint = nearest("role", [str(k) for k in row])
-        raise RowRefused(f"{where}.role: missing{hint or '; add it: user or assistant'}")
+        raise RowRefusedError(f"{where}.role: missing{hint or '; add it: user or assistant'}")
     role = row["role"]
     if role not in ROLES:
         hint = nearest(role, ROLES) or f"; expected one of {', '.join(ROLES)}"
-        raise RowRefused(f"{where}.role: {_found(role)}{hint}")
+        raise RowRefusedError(f"{where}.role: {_found(role)}{hint}")
     content, extra = _content(row, where)
     for name in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
         if (value := row.get(name)) is not None:
             if not isinstance(value, str):
-                raise RowRefused(f"{where}.{name}: {_found(value)}; expected text")
+                raise RowRefusedError(f"{where}.{name}: {_found(value)}; expected text")
             extra[name] = value
     if reasoning := next(
         (extra[n] for n in ("reasoning_content", "thinking", "reasoning") if n in extra), None
@@ -143,16 +144,21 @@ def _content(row: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
         if row.get("tool_calls") or row.get("reasoning_content"):
             return "", {}
         near = nearest("content", [str(k) for k in row if k != "role"])
-        raise RowRefused(f"{where}.content: missing{near or '; add the text'}")
+        raise RowRefusedError(f"{where}.content: missing{near or '; add the text'}")
     if not isinstance(content, list):
-        raise RowRefused(f"{where}.content: {_found(content)}; expected text or a list of parts")
-    texts, extra = [], {}
+        raise RowRefusedError(
+            f"{where}.content: {_found(content)}; expected text or a list of parts"
+        )
+    texts: list[str] = []
+    extra: dict[str, Any] = {}
     for i, part in enumerate(content):
         here = f"{where}.content[{i}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
         value = part.get("text", part.get("value")) if isinstance(part, Mapping) else part
         if not isinstance(value, str) or kind not in {None, "text", "reasoning", "tool_call"}:
-            raise RowRefused(f"{here}: {_found(kind or part)}; only text can be trained on here")
+            raise RowRefusedError(
+                f"{here}: {_found(kind or part)}; only text can be trained on here"
+            )
         if kind == "reasoning":
             extra["reasoning_content"] = value
         elif kind == "tool_call":
@@ -168,9 +174,11 @@ def _train(row: Mapping[str, Any], role: str, where: str) -> bool | None:
         if value is None:
             continue
         if value not in (0, 1) or isinstance(value, str):
-            raise RowRefused(f"{where}.{name}: {_found(value)}; expected 0 or 1")
+            raise RowRefusedError(f"{where}.{name}: {_found(value)}; expected 0 or 1")
         if value and role != "assistant":
-            raise RowRefused(f"{where}.{name}: 1 on a {role} message; only answers are trained")
+            raise RowRefusedError(
+                f"{where}.{name}: 1 on a {role} message; only answers are trained"
+            )
         return bool(value)
     return None
 
@@ -180,18 +188,17 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     calls = _from_json(calls, where)
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
-        raise RowRefused(f"{where}: {_found(calls)}; expected a list of calls")
+        raise RowRefusedError(f"{where}: {_found(calls)}; expected a list of calls")
     parsed = []
     for i, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowRefused(f"{where}[{i}]: {_found(call)}; expected a function with a name")
+            raise RowRefusedError(f"{where}[{i}]: {_found(call)}; expected a function with a name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            try:
+            # What is not JSON stays the text it is; the template prints it so.
+            with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                pass  # left as the text it is; the template prints it so
         kept = {"name": function["name"], "arguments": arguments}
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         parsed.append({**identity, "type": "function", "function": kept})
@@ -203,7 +210,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowRefused(f"tools: {_found(tools)}; expected a list of JSON schemas")
+        raise RowRefusedError(f"tools: {_found(tools)}; expected a list of JSON schemas")
     wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
     return tuple(wrapped) or None
 
@@ -214,7 +221,7 @@ def _from_json(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RowRefused(f"{where}: text that is not JSON ({error})") from error
+        raise RowRefusedError(f"{where}: text that is not JSON ({error})") from error
 
 
 def _sharegpt(row: Mapping[str, Any], source: str) -> Conversation:
@@ -229,13 +236,15 @@ def _sharegpt(row: Mapping[str, Any], source: str) -> Conversation:
             messages.append(_message(turn, where))
             continue
         if not isinstance(turn, Mapping) or "from" not in turn:
-            raise RowRefused(f"{where}.from: missing; expected human or gpt")
+            raise RowRefusedError(f"{where}.from: missing; expected human or gpt")
         if turn["from"] not in _SHAREGPT_ROLES:
             near = nearest(turn["from"], list(_SHAREGPT_ROLES))
-            raise RowRefused(f"{where}.from: {_found(turn['from'])}{near or '; expected human, gpt'}")
+            raise RowRefusedError(
+                f"{where}.from: {_found(turn['from'])}{near or '; expected human, gpt'}"
+            )
         role, value = _SHAREGPT_ROLES[turn["from"]], turn.get("value")
         if not isinstance(value, str):
-            raise RowRefused(f"{where}.value: {_found(value)}; expected text")
+            raise RowRefusedError(f"{where}.value: {_found(value)}; expected text")
         train = _train(turn, role, where)
         if turn["from"] == "function_call":
             calls = _tool_calls(value, f"{where}.value")
@@ -243,7 +252,7 @@ def _sharegpt(row: Mapping[str, Any], source: str) -> Conversation:
         else:
             messages.append(Message(role, value, train))
     if not messages:
-        raise RowRefused(f"{name}: an empty list; expected turns")
+        raise RowRefusedError(f"{name}: an empty list; expected turns")
     return Conversation(tuple(messages), source, "chat", _tools(row))
 
 
@@ -251,18 +260,24 @@ def _alpaca(row: Mapping[str, Any], source: str) -> Conversation:
     instruction, output = _field(row, "instruction", str), _field(row, "output", str)
     given = row.get("input")
     if given is not None and not isinstance(given, str):
-        raise RowRefused(f"input: {_found(given)}; expected text")
-    has_input = given is not None and given.strip().lower() not in _ALPACA_EMPTY
+        raise RowRefusedError(f"input: {_found(given)}; expected text")
+    # People wrote `<noinput>`, `< noinput >` and the like for no input.
+    written = given or ""
+    has_input = written.strip() and re.sub(r"\W", "", written).lower() != "noinput"
     prompt = f"{instruction}\n{given}" if has_input else instruction
     messages = []
     if row.get("system"):
         messages.append(Message("system", _field(row, "system", str)))
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise RowRefused(f"history: {_found(history)}; expected pairs of texts")
+        raise RowRefusedError(f"history: {_found(history)}; expected pairs of texts")
     for i, pair in enumerate(history):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
-            raise RowRefused(f"history[{i}]: {_found(pair)}; expected [question, answer]")
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(t, str) for t in pair)
+        ):
+            raise RowRefusedError(f"history[{i}]: {_found(pair)}; expected [question, answer]")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     messages += [Message("user", prompt), Message("assistant", output)]
     return Conversation(tuple(messages), source, "prompt")
@@ -273,7 +288,7 @@ def _prompt_completion(row: Mapping[str, Any], source: str) -> Conversation:
     if pair is None:
         near = nearest("completion", [str(k) for k in row if k != "prompt"])
         has = ", ".join(map(str, list(row)[:12]))
-        raise RowRefused(f"completion: no prompt and completion among {has}{near}")
+        raise RowRefusedError(f"completion: no prompt and completion among {has}{near}")
     prompt, completion = row[pair[0]], row[pair[1]]
     if isinstance(prompt, list) or isinstance(completion, list):
         before, after = _messages(prompt, pair[0]), _messages(completion, pair[1])
@@ -282,7 +297,7 @@ def _prompt_completion(row: Mapping[str, Any], source: str) -> Conversation:
         return Conversation(context + after, source, "chat", _tools(row))
     for name, value in zip(pair, (prompt, completion), strict=True):
         if not isinstance(value, str):
-            raise RowRefused(f"{name}: {_found(value)}; expected text")
+            raise RowRefusedError(f"{name}: {_found(value)}; expected text")
     system = (Message("system", _field(row, "system", str)),) if row.get("system") else ()
     turns = (*system, Message("user", prompt), Message("assistant", completion))
     return Conversation(turns, source, "prompt")
@@ -301,7 +316,9 @@ def _openassistant(row: Mapping[str, Any], source: str) -> Conversation:
         text = node.get("text")
         if role is None or not isinstance(text, str):
             field = "role" if role is None else "text"
-            raise RowRefused(f"{field}: {_found(node.get(field))}; expected a message of a tree")
+            raise RowRefusedError(
+                f"{field}: {_found(node.get(field))}; expected a message of a tree"
+            )
         messages.append(Message(role, text))
         replies = [r for r in node.get("replies") or [] if _is_live(r)]
         ranked = sorted(replies, key=lambda r: r["rank"] if r.get("rank") is not None else 1e9)
@@ -309,7 +326,7 @@ def _openassistant(row: Mapping[str, Any], source: str) -> Conversation:
     while messages and messages[-1].role != "assistant":
         messages.pop()
     if not messages:
-        raise RowRefused("replies: nobody answers in this tree; leave it out")
+        raise RowRefusedError("replies: nobody answers in this tree; leave it out")
     return Conversation(tuple(messages), source, "chat")
 
 
@@ -336,16 +353,14 @@ def _pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _refuse_preferences(row: Mapping[str, Any]) -> None:
-    both = next(
-        (c for c in ("chosen", "chosen_messages", "chosen_response") if c in row), None
-    )
+    both = next((c for c in ("chosen", "chosen_messages", "chosen_response") if c in row), None)
     if both:
-        raise RowRefused(
+        raise RowRefusedError(
             f"{both}: rows of preferences (DPO); Pennyweight trains on one answer a row; keep the "
             "prompt and the chosen answer as prompt and completion"
         )
     if isinstance(row.get("label"), bool) and ("messages" in row or "completion" in row):
-        raise RowRefused(
+        raise RowRefusedError(
             "label: rows of judged answers (KTO); keep those that are true, without the label"
         )
 
@@ -353,10 +368,12 @@ def _refuse_preferences(row: Mapping[str, Any]) -> None:
 def _field(row: Mapping[str, Any], name: str, kind: type) -> Any:
     if name not in row:
         near = nearest(name, [str(k) for k in row])
-        raise RowRefused(f"{name}: missing{near or '; it has ' + ', '.join(map(str, list(row)[:12]))}")
+        raise RowRefusedError(
+            f"{name}: missing{near or '; it has ' + ', '.join(map(str, list(row)[:12]))}"
+        )
     if not isinstance(row[name], kind):
         wanted = "text" if kind is str else "a list"
-        raise RowRefused(f"{name}: {_found(row[name])}; expected {wanted}")
+        raise RowRefusedError(f"{name}: {_found(row[name])}; expected {wanted}")
     return row[name]
 
 

@@ -44,7 +44,8 @@ def hub_files(name: str, split: str) -> tuple[list[Path], list[str]]:
 
 
 def _listed(api: Any, repo: str, revision: str | None) -> list[str]:
-    return api.list_repo_files(repo, repo_type="dataset", revision=revision)
+    files: list[str] = api.list_repo_files(repo, repo_type="dataset", revision=revision)
+    return files
 
 
 def chosen_files(files: list[str], split: str) -> list[str]:

@@ -28,6 +28,10 @@ class LedgerRow:
     times: int = 1
     dropped: str | None = None
 
+    def values(self) -> list[str | int | None]:
+        """In the order of the fields: `LedgerRow(*row.values()) == row`."""
+        return [getattr(self, name) for name in self.__slots__]
+
 
 @dataclass(frozen=True, slots=True)
 class Ledger:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,13 +149,11 @@ def _made(
     _refuse_useless(train, ledger, config)
     questions = _questions(renderer, eval_rows, evaluated)
     repeated = np.repeat(np.arange(len(train)), [times[row] for row in index])
-    prepared = Prepared(
-        train.subset(repeated), evaluated, questions, ledger, renderer, key
-    )
+    prepared = Prepared(train.subset(repeated), evaluated, questions, ledger, renderer, key)
     facts = {
         "all": train,
         "repeated": repeated.tolist(),
-        "ledger": [list(asdict(row).values()) for row in ledger.rows],
+        "ledger": [row.values() for row in ledger.rows],
         "notes": notes,
         "questions": [asdict(question) for question in questions],
         "resolved": _resolved(config, tokenizer, train_rows),
@@ -192,8 +191,8 @@ def _read(
         indices = dataset.weighted(
             len(found.conversations), source.weight, seed=seed, name=source.path
         )
-        counts = np.bincount(indices, minlength=len(found.conversations)) if indices else []
-        taken = [(c, int(n)) for c, n in zip(found.conversations, counts, strict=False) if n]
+        counts = Counter(indices)
+        taken = [(c, counts[i]) for i, c in enumerate(found.conversations) if counts[i]]
         rows += [conversation for conversation, _ in taken]
         times += [count for _, count in taken]
         weight = "" if source.weight == 1 else f", weight {source.weight:g}: {len(indices):,}"
@@ -205,9 +204,7 @@ def _read(
     return rows, times, notes
 
 
-def _resolved(
-    config: DataConfig, tokenizer: Any, rows: Sequence[Conversation]
-) -> dict[str, Any]:
+def _resolved(config: DataConfig, tokenizer: Any, rows: Sequence[Conversation]) -> dict[str, Any]:
     """The template's name and whether answers carry reasoning, decided once for the run."""
     template = config.template
     if template == "auto" and not getattr(tokenizer, "chat_template", None):

@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pennyweight.errors import DataError
 
 __all__ = ["Faults", "Row", "data_files", "nearest", "read_rows", "suffix_of"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+_Bytes = io.BufferedReader | gzip.GzipFile
 _LINE_LIMIT_BYTES = 64 * 2**20
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _NOT_TEXT = {"license.txt", "source.txt", "readme.txt", "readme.md", "notice.txt"}
@@ -116,28 +117,27 @@ def read_rows(path: Path, faults: Faults, *, name: str | None = None) -> Iterato
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _opened(path: Path) -> IO[bytes]:
-    raw = path.open("rb")
-    if path.name.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
-    return raw
+def _opened(path: Path) -> _Bytes:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _refuse_utf16(file: IO[bytes], shown: str) -> None:
-    start = file.peek(4)[:4]  # type: ignore[attr-defined]
+def _refuse_utf16(file: _Bytes, shown: str) -> None:
+    start = file.peek(4)[:4]
     if start[:2] in {b"\xff\xfe", b"\xfe\xff"}:
         raise DataError(
             f"{shown}: is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {shown} > utf8-{shown}"
         )
 
 
-def _lines(file: IO[bytes], shown: str, faults: Faults) -> Iterator[tuple[int, str]]:
+def _lines(file: _Bytes, shown: str, faults: Faults) -> Iterator[tuple[int, str]]:
     """Decoded lines with their numbers from 1, without line ends or a byte order mark."""
     number = 0
     while line := file.readline(_LINE_LIMIT_BYTES):
         number += 1
         if len(line) == _LINE_LIMIT_BYTES:
-            raise DataError(f"{shown}:{number}: longer than {_LINE_LIMIT_BYTES >> 20} MiB; split it")
+            raise DataError(
+                f"{shown}:{number}: longer than {_LINE_LIMIT_BYTES >> 20} MiB; split it"
+            )
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         try:
@@ -151,7 +151,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte 0x{byte:02x} at {error.start}); convert the file to UTF-8"
 
 
-def _json_lines(file: IO[bytes], shown: str, faults: Faults) -> Iterator[Row]:
+def _json_lines(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
     for number, line in _lines(file, shown, faults):
         if not line.strip():
             continue
@@ -161,9 +161,9 @@ def _json_lines(file: IO[bytes], shown: str, faults: Faults) -> Iterator[Row]:
             faults.add(f"{shown}:{number}", _why(error))
 
 
-def _json(file: IO[bytes], shown: str, faults: Faults) -> Iterator[Row]:
+def _json(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
     """An array of rows, or JSON Lines under a .json name."""
-    start = file.peek(1 << 16)[: 1 << 16].removeprefix(b"\xef\xbb\xbf").lstrip()  # type: ignore[attr-defined]
+    start = file.peek(1 << 16)[: 1 << 16].removeprefix(b"\xef\xbb\xbf").lstrip()
     first_line = start.split(b"\n", 1)[0]
     if not start.startswith(b"[") or _is_json_line(first_line, has_more=b"\n" in start.rstrip()):
         if start.startswith(b"{") and not _is_json_line(first_line, has_more=True):
@@ -217,7 +217,7 @@ def _array(text: str, shown: str, faults: Faults) -> Iterator[Row]:
         faults.add(f"{shown}:{line}", "more text after the list's end")
 
 
-class _Strict(ValueError):
+class _StrictError(ValueError):
     """JSON that Python would take and that is not plain JSON."""
 
 
@@ -226,12 +226,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         double = next(name for name in names if names.count(name) > 1)
-        raise _Strict(f"{double}: the key stands twice in one object; keep one")
+        raise _StrictError(f"{double}: the key stands twice in one object; keep one")
     return row
 
 
 def _no_constant(name: str) -> None:
-    raise _Strict(f"{name} is not JSON; write null or a number")
+    raise _StrictError(f"{name} is not JSON; write null or a number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
@@ -241,7 +241,7 @@ def _parsed(line: str) -> Any:
     try:
         value = _DECODER.decode(line)
     except RecursionError as error:
-        raise _Strict("nested too deeply") from error
+        raise _StrictError("nested too deeply") from error
     _refuse_surrogates(value, line)
     return value
 
@@ -252,7 +252,7 @@ def _refuse_surrogates(value: Any, text: str) -> None:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             code = ord(error.object[error.start])
-            raise _Strict(
+            raise _StrictError(
                 f"half of a surrogate pair (\\u{code:04x}) is not a character; remove it"
             ) from error
 
@@ -265,7 +265,7 @@ def _why(error: Exception) -> str:
     return str(error)
 
 
-def _csv(file: IO[bytes], shown: str, faults: Faults) -> Iterator[Row]:
+def _csv(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     csv.field_size_limit(_LINE_LIMIT_BYTES)
     reader = csv.reader(text, delimiter="\t" if ".tsv" in shown.lower() else ",", strict=True)
@@ -296,9 +296,9 @@ def _csv(file: IO[bytes], shown: str, faults: Faults) -> Iterator[Row]:
         text.detach()
 
 
-def _text(file: IO[bytes], shown: str, faults: Faults) -> Iterator[Row]:
+def _text(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
     """Paragraphs apart by blank lines are documents; in a file without blank lines, each line is."""
-    start = file.peek(1 << 20).replace(b"\r\n", b"\n")  # type: ignore[attr-defined]
+    start = file.peek(1 << 20).replace(b"\r\n", b"\n")
     by_line = re.search(rb"\n[ \t]*\n[ \t]*\S", start) is None
     begun, held = 0, []
     for number, line in _lines(file, shown, faults):

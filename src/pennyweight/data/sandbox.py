@@ -19,14 +19,15 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
 from pennyweight.errors import DataError
 
-__all__ = ["ChatTemplate", "TemplateRefused"]
+__all__ = ["ChatTemplate", "TemplateRefusedError"]
 
 DEADLINE_S = 0.5
 OUTPUT_LIMIT_CHARS = 8_000_000
@@ -35,14 +36,49 @@ _STEPS_BETWEEN_CLOCKS = 64
 _NUMBER_LIMIT = 100_000
 _ITEMS_LIMIT = 200_000
 # What chat templates use, and its near kin; the rest of Jinja's filters format web pages.
-_FILTERS = (
-    "abs attr capitalize count d default dictsort e escape first float groupby indent int items "
-    "join last length list lower map max min reject rejectattr replace reverse round safe select "
-    "selectattr sort string title tojson trim unique upper"
-).split()
+_FILTERS = [
+    "abs",
+    "attr",
+    "capitalize",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "e",
+    "escape",
+    "first",
+    "float",
+    "groupby",
+    "indent",
+    "int",
+    "items",
+    "join",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "replace",
+    "reverse",
+    "round",
+    "safe",
+    "select",
+    "selectattr",
+    "sort",
+    "string",
+    "title",
+    "tojson",
+    "trim",
+    "unique",
+    "upper",
+]
 
 
-class TemplateRefused(DataError):
+class TemplateRefusedError(DataError):
     """The template broke a bound; no row can be rendered with it."""
 
 
@@ -62,7 +98,7 @@ class _Meter:
 
     def check_clock(self) -> None:
         if time.thread_time() > self.deadline:
-            raise TemplateRefused(
+            raise TemplateRefusedError(
                 f"chat template: ran longer than {DEADLINE_S:g} s and was stopped; "
                 "use another template (data.template: plain, chatml or a Jinja file)"
             )
@@ -73,8 +109,8 @@ class _Meter:
             raise _too_large()
 
 
-def _too_large() -> TemplateRefused:
-    return TemplateRefused(
+def _too_large() -> TemplateRefusedError:
+    return TemplateRefusedError(
         f"chat template: builds more than {OUTPUT_LIMIT_CHARS:,} characters for one row; "
         "use another template (data.template: plain, chatml or a Jinja file)"
     )
@@ -212,7 +248,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         own = {"tojson": _to_json, "indent": _indented, "join": _join}
         self.filters = {name: _guarded(own.get(name, self.filters[name])) for name in _FILTERS}
-        counted = {"_metered": _metered, "_joined": _joined, "_bounded": _bounded}
+        counted: dict[str, Callable[..., Any]] = {
+            "_metered": _metered,
+            "_joined": _joined,
+            "_bounded": _bounded,
+        }
         self.filters.update({name: _at_run_time(check) for name, check in counted.items()})
         del self.globals["lipsum"]
         self.globals.update(raise_exception=_raise, dict=_Dict(), namespace=_Namespace)
@@ -222,7 +262,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         # str.format arrives wrapped by the sandbox
         subject = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         _check_arguments(subject, [*args, *kwargs.values()])
-        if isinstance(subject, str) and getattr(function, "__name__", "") in {"format", "format_map"}:
+        name = getattr(function, "__name__", "")
+        if isinstance(subject, str) and name in {"format", "format_map"}:
             _refuse_wide_format(subject)
         return _bounded(super().call(context, function, *args, **kwargs))
 
@@ -306,21 +347,21 @@ class ChatTemplate:
         self.source, self.name = source, name
         self.reads_clock = "strftime_now" in source
         if len(source) > SOURCE_LIMIT_CHARS:
-            raise TemplateRefused(f"{name}: longer than {SOURCE_LIMIT_CHARS:,} characters")
+            raise TemplateRefusedError(f"{name}: longer than {SOURCE_LIMIT_CHARS:,} characters")
         environment = _Environment()
         environment.globals["strftime_now"] = lambda pattern: now.strftime(pattern)
         try:
             tree = environment.parse(source)
             self._template = environment.from_string(_with_meters(tree))
         except jinja2.TemplateSyntaxError as error:
-            raise TemplateRefused(
+            raise TemplateRefusedError(
                 f"{name}:{error.lineno}: not a Jinja template: {error.message}"
             ) from error
         except (RecursionError, MemoryError, OverflowError) as error:
-            raise TemplateRefused(f"{name}: nested too deeply to compile") from error
+            raise TemplateRefusedError(f"{name}: nested too deeply to compile") from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Raises TemplateRefused on a broken bound, and ValueError with what the template said."""
+        """Raises TemplateRefusedError on a broken bound, and ValueError with what the template said."""
         token = _meter.set(meter := _Meter())
         try:
             parts = []
@@ -328,12 +369,12 @@ class ChatTemplate:
                 meter.step()
                 parts.append(part)
             return "".join(parts)
-        except (TemplateRefused, SecurityError) as error:
-            raise TemplateRefused(str(error)) from error
+        except (TemplateRefusedError, SecurityError) as error:
+            raise TemplateRefusedError(str(error)) from error
         except MemoryError as error:
             raise _too_large() from error
         except RecursionError as error:
-            raise TemplateRefused(f"{self.name}: calls itself without end") from error
+            raise TemplateRefusedError(f"{self.name}: calls itself without end") from error
         except Exception as error:  # a stranger's program may raise anything; it concerns one row
             raise ValueError(f"{error}" or type(error).__name__) from error
         finally:
@@ -372,5 +413,5 @@ def _counted(node: nodes.Node) -> nodes.Node:
     return _filtered(node, "_bounded") if is_slice or builds else node
 
 
-def _filtered(node: nodes.Expr, name: str, arguments: Sequence[nodes.Expr] = ()) -> nodes.Filter:
+def _filtered(node: Any, name: str, arguments: Sequence[nodes.Expr] = ()) -> nodes.Node:
     return nodes.Filter(node, name, list(arguments), [], None, None).set_lineno(node.lineno)

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from pennyweight.data.codec import Codec
 from pennyweight.data.conversation import Kind, Message
-from pennyweight.data.sandbox import ChatTemplate, TemplateRefused
+from pennyweight.data.sandbox import ChatTemplate, TemplateRefusedError
 from pennyweight.errors import DataError
 
-__all__ = ["Surface", "TurnRefused", "surfaces"]
+__all__ = ["Surface", "TurnRefusedError", "surfaces"]
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -28,7 +28,7 @@ CHATML = (
 )
 TURNS = (
     "{% for message in messages %}{{ message.role | capitalize }}:\n{{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{{ eos_token if message.role == 'assistant' }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 _QUESTION, _ANSWER, _SYSTEM = "question 7341", "answer 2896", "system 5178"
@@ -36,33 +36,8 @@ _REASON = "reason 6025"
 _NO_SWITCH: Mapping[str, bool] = MappingProxyType({})
 
 
-class TurnRefused(ValueError):
+class TurnRefusedError(ValueError):
     """One conversation that this surface cannot print; the message says why."""
-
-
-class Surface(Protocol):
-    """Text of messages. `stop_id` and `stop_text`: what ends an answer, one added token."""
-
-    name: str
-    identity: str
-    adds_bos: bool
-    stop_id: int
-    stop_text: str
-    stop_ids: frozenset[int]
-    prints_stop: bool
-    notes: tuple[str, ...]
-
-    def text(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        *,
-        generation: bool,
-    ) -> str: ...
-
-    def end_of_answer(self, text: str) -> int | None: ...
-
-    def is_closed_aside(self, text: str) -> bool: ...
 
 
 def surfaces(
@@ -160,7 +135,7 @@ class Plain(_Ending):
         generation: bool,
     ) -> str:
         if tools or any("tool_calls" in message.extra for message in messages):
-            raise TurnRefused("plain rendering has no place for tools; set a data.template")
+            raise TurnRefusedError("plain rendering has no place for tools; set a data.template")
         parts = []
         following = [*messages[1:], Message("assistant" if generation else "end", "")]
         for message, after in zip(messages, following, strict=True):
@@ -178,7 +153,10 @@ class Plain(_Ending):
 
 
 class Templated(_Ending):
-    """A Jinja chat template, run within bounds."""
+    """A Jinja chat template, run within bounds.
+
+    `stop_id` and `stop_text` end an answer; `prints_stop`: whether the template prints them.
+    """
 
     def __init__(
         self,
@@ -230,7 +208,7 @@ class Templated(_Ending):
         rows = [self._row(message) for message in folded]
         try:
             return self._run(rows, tools, generation)
-        except TurnRefused:
+        except TurnRefusedError:
             # Some templates print a call's arguments with tojson, some expect them as JSON text.
             as_text = [_arguments_as_text(row) for row in rows]
             if as_text == rows:
@@ -263,10 +241,10 @@ class Templated(_Ending):
         }
         try:
             return template.render(variables)
-        except TemplateRefused:
+        except TemplateRefusedError:
             raise
         except ValueError as error:
-            raise TurnRefused(f"the chat template refuses it: {error}") from error
+            raise TurnRefusedError(f"the chat template refuses it: {error}") from error
 
     def _row(self, message: Message) -> dict[str, Any]:
         row = message.for_template()
@@ -280,14 +258,14 @@ class Templated(_Ending):
             self._content_is_parts = as_parts
             try:
                 text = self.text(probe, None, generation=False)
-            except TurnRefused:
+            except TurnRefusedError:
                 continue
             if _QUESTION in text and _ANSWER in text:
                 return
         self._content_is_parts = False
         try:
             self.text(probe, None, generation=False)
-        except TurnRefused as refused:
+        except TurnRefusedError as refused:
             raise DataError(
                 f"data.template: {self.name} cannot print a question and its answer: {refused}"
             ) from refused
@@ -304,7 +282,7 @@ class Templated(_Ending):
             try:
                 prompt = self._run([self._row(question)], None, True, switch)
                 own = self._run([self._row(question), self._row(answer)], None, False, switch)
-            except TurnRefused:
+            except TurnRefusedError:
                 continue
             if own.startswith(prompt):
                 self._variables |= switch
@@ -320,7 +298,7 @@ class Templated(_Ending):
                 asked = self.text(probe, None, generation=True)
                 if _SYSTEM in asked and _SYSTEM in self.text(answered, None, generation=False):
                     return
-            except TurnRefused:
+            except TurnRefusedError:
                 continue
         self._folds_system = False
 
@@ -344,6 +322,9 @@ class Templated(_Ending):
         if "enable_thinking" in self._variables:
             notes.append(f"enable_thinking is {self._variables['enable_thinking']}")
         return tuple(notes)
+
+
+Surface = Plain | Templated
 
 
 def _stop(codec: Codec, stop_id: int | None) -> tuple[int, str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pennyweight.data.conversation import Message
-from pennyweight.data.surface import Surface, TurnRefused
+from pennyweight.data.surface import Surface, TurnRefusedError
 
 __all__ = ["Piece", "Turn", "pieces"]
 
@@ -50,12 +50,10 @@ def pieces(
     *,
     train_on: str,
 ) -> list[Piece]:
-    """The pieces of one conversation; raises TurnRefused where it cannot be rendered."""
+    """The pieces of one conversation; raises TurnRefusedError where it cannot be rendered."""
     if messages[-1].role == "text" or train_on == "all":
         return [_everything(surface, messages, tools)]
-    turns = [
-        _turn(surface, messages[: i + 1], tools) for i in _trained_turns(messages, train_on)
-    ]
+    turns = [_turn(surface, messages[: i + 1], tools) for i in _trained_turns(messages, train_on)]
     append = None if surface.prints_stop else surface.stop_id
     whole = turns[-1].alone
     together = Piece(surface, whole, tuple(turns), append)
@@ -69,15 +67,15 @@ def pieces(
 def _trained_turns(messages: Sequence[Message], train_on: str) -> list[int]:
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
-        raise TurnRefused("no assistant turn")
+        raise TurnRefusedError("no assistant turn")
     if train_on == "last":
         answers = answers[-1:]
     asked = [i for i in answers if messages[i].train is not False]
     if not asked:
-        raise TurnRefused("the row sets every assistant turn's weight to 0")
+        raise TurnRefusedError("the row sets every assistant turn's weight to 0")
     said = [i for i in asked if messages[i].content.strip() or "tool_calls" in messages[i].extra]
     if not said:
-        raise TurnRefused("the answer is empty")
+        raise TurnRefusedError("the answer is empty")
     return said
 
 
@@ -95,7 +93,9 @@ def _turn(
     surface: Surface, messages: tuple[Message, ...], tools: Sequence[Mapping[str, Any]] | None
 ) -> Turn:
     if len(messages) == 1:
-        raise TurnRefused("an assistant turn with nothing before it; there is no prompt to answer")
+        raise TurnRefusedError(
+            "an assistant turn with nothing before it; there is no prompt to answer"
+        )
     prompt = surface.text(messages[:-1], tools, generation=True)
     own = surface.text(messages, tools, generation=False)
     if not own.startswith(prompt):
@@ -104,9 +104,9 @@ def _turn(
     if end is None:
         end = len(own)
         if surface.prints_stop:
-            raise TurnRefused(f"no stop token after the answer; the text ends {own[-40:]!r}")
+            raise TurnRefusedError(f"no stop token after the answer; the text ends {own[-40:]!r}")
     if end <= len(prompt):
-        raise TurnRefused("the template prints nothing for an assistant turn")
+        raise TurnRefusedError("the template prints nothing for an assistant turn")
     return Turn(len(prompt), end, own[:end])
 
 
@@ -116,13 +116,11 @@ def _bridged(surface: Surface, prompt: str, own: str, answer: str) -> str:
     Gemma 4 asks with an empty thought, opened and closed, that it does not print before an answer.
     An aside left open, such as `<think>`, would have to be closed by the answer: refused.
     """
-    same = next(
-        (i for i, (a, b) in enumerate(zip(prompt, own, strict=False)) if a != b), len(own)
-    )
+    same = next((i for i, (a, b) in enumerate(zip(prompt, own, strict=False)) if a != b), len(own))
     aside, rest = prompt[same:], own[same:]
     if answer.strip() and rest.startswith(answer.strip()) and surface.is_closed_aside(aside):
         return prompt + rest
-    raise TurnRefused(
+    raise TurnRefusedError(
         "the template asks for an answer in another way than it prints one: it asks with "
         f"{aside[:40]!r} and prints {rest[:40]!r}; give the answers' reasoning, or choose another "
         "data.template"
