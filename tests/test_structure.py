@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import pkgutil
 import shutil
 import subprocess
 from importlib import metadata, util
@@ -13,12 +12,12 @@ import pytest
 import pennyweight
 
 ROOT = Path(pennyweight.__file__).parent
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages([str(ROOT)], "pennyweight.")
-    if not module.name.endswith("__main__")
-)
 FILES = sorted(ROOT.rglob("*.py"))
+MODULES = [
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in FILES
+    if path.stem != "__main__"
+]
 
 
 def test_floors_and_fences_hold() -> None:

@@ -64,7 +64,7 @@ def test_every_value_knows_its_line() -> None:
         ("a: *nobody", 1, "not YAML"),
         ("a: \0", 1, "not YAML"),
         ('a: "\\UFFFFFFFF"', 1, "not YAML"),
-        ("[" * 5000, 1, "deep"),
+        ("[" * 1000, 1, "deep"),
         ("[" * 60 + "]" * 60, 1, "deep"),
         ("a: " + "x" * 1_000_001, 1, "too many"),
     ],

@@ -13,9 +13,10 @@ from pennyweight.config.keys import KEYS
 from pennyweight.errors import ConfigError
 
 WHOLE = to_yaml(resolve(RunConfig()), commented=False)
-FEW = settings(
+MANY = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+FEW = settings(MANY, max_examples=40)
 
 scalars: st.SearchStrategy[Any] = st.one_of(
     st.none(),
@@ -71,7 +72,7 @@ def mutate(text: str, edits: list[Edit]) -> str:
     return "\n".join(lines)
 
 
-@FEW
+@MANY
 @given(edits=edits)
 def test_a_mutated_file_is_a_run_or_a_config_error(tmp_path: Path, edits: list[Edit]) -> None:
     path = tmp_path / "run.yaml"

@@ -18,7 +18,7 @@ __all__ = ["Document", "Path", "read_document", "spell"]
 Path = tuple[str | int, ...]
 
 _MAX_CHARACTERS = 1_000_000
-_MAX_NODES = 20_000
+_MAX_NODES = 5_000
 _MAX_DEPTH = 32
 
 _NULLS = {"", "~", "null", "Null", "NULL"}
