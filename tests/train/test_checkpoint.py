@@ -27,6 +27,7 @@ from pennyweight.train import checkpoint
 from pennyweight.train.checkpoint import (
     CheckpointState,
     load_latest,
+    load_step,
     require_same,
     retire,
     save,
@@ -252,6 +253,17 @@ def test_damage_is_caught_said_and_passed_over(tmp_path: Path) -> None:
         assert loaded[0].step == 1, done
         assert len(loaded[1]) == 1
         assert "step-000002" in loaded[1][0]
+
+
+def test_a_named_step_is_that_one_or_an_error(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, state(step))
+    assert load_step(tmp_path, 1).step == 1
+    (tmp_path / "step-000001" / "MANIFEST.json").write_text("{}")
+    with pytest.raises(DiskError, match="step-000001"):
+        load_step(tmp_path, 1)
+    with pytest.raises(DiskError, match="step-000003"):
+        load_step(tmp_path, 3)
 
 
 def test_a_checkpoint_under_another_name_is_passed_over(tmp_path: Path) -> None:
