@@ -60,7 +60,7 @@ def summed_cross_entropy(
     chunk = chunk_tokens or chunk_rows(head.weight.shape[0], hidden.device)
     if head.wrapped:
         return _through_module(hidden, rows, wanted, head, chunk), len(rows)
-    total = _PlainHead.apply(  # type: ignore[no-untyped-call]
+    total = _PlainHead.apply(
         hidden, head.weight, head.bias, rows, wanted, head.softcap, head.scale, chunk,
         torch.is_grad_enabled() and hidden.requires_grad,
         torch.is_grad_enabled() and head.trainable,
