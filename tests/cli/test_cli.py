@@ -233,9 +233,35 @@ def test_evaluate_shows_base_and_adapter_side_by_side(run: Any, room: Any) -> No
     text = run("evaluate", "runs/my").out
     assert "base" in text.splitlines()[1]
     assert "tuned" in text.splitlines()[1]
-    assert "loss difference  difference -1.25, interval 95 -1.5, -1, rows 1,200" in text
+    assert "loss difference  -1.25  [-1.5, -1], 1,200 rows" in text
     assert "2.5  [2.4, 2.6]" in text
     assert "1,200" in text
+
+
+def test_figures_are_said_with_their_units() -> None:
+    said = show.facts(
+        {
+            "peak_memory_bytes": 497_618_944,
+            "disk_bytes": 5.3e9,
+            "steps": 4000,
+            "loss": 1.23456,
+            "untied": False,
+            "notices": (),
+            "resumed_from": None,
+            "change": {
+                "before": 2.0,
+                "difference": {"difference": -1, "interval_95": None, "rows": 1},
+            },
+        }
+    )
+    assert said.splitlines() == [
+        "peak memory  497.6 MB",
+        "disk         5.30 GB",
+        "steps        4,000",
+        "loss         1.235",
+        "untied       no",
+        "change       before 2, difference -1, 1 rows",
+    ]
 
 
 def test_chat_says_one_thing_or_many(run: Any, room: Any, monkeypatch: pytest.MonkeyPatch) -> None:

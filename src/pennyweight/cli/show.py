@@ -88,24 +88,40 @@ def _escaped(text: str) -> str:
 
 def facts(answer: Mapping[str, Any]) -> str:
     """`name   value`, one a line; what is not known is left out."""
-    known = {name: value for name, value in answer.items() if value not in (None, "", [], {}, ())}
+    known = {
+        name.removesuffix("_bytes").replace("_", " "): _said(name, value)
+        for name, value in plain_fields(answer).items()
+        if value not in (None, "", [], {})
+    }
     width = max(map(len, known), default=0)
-    return "\n".join(f"{name.replace('_', ' '):{width}}  {_number(v)}" for name, v in known.items())
+    return "\n".join(f"{name:{width}}  {value}" for name, value in known.items())
 
 
-def _number(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
+def _said(name: str, value: Any) -> str:
+    """A plain value in words; `name` tells its unit."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float) and name.endswith("_bytes"):
+        return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
-    value = plain(value)
     if isinstance(value, list):
-        return ", ".join(_number(each) for each in value)
+        return ", ".join(_said("", each) for each in value)
     if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {_number(v)}" for name, v in value.items())
+        if "interval_95" in value:
+            between = _between(value["interval_95"])
+            return f"{_said('', value['difference'])}{between}, {value['rows']:,} rows"
+        return ", ".join(f"{key.replace('_', ' ')} {_said(key, value[key])}" for key in value)
     return str(value)
+
+
+def _between(interval: Any) -> str:
+    """A 95 % interval in brackets, or nothing where too few rows gave none."""
+    return f"  [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else ""
 
 
 def evaluation(answer: Mapping[str, Any]) -> Any:
@@ -126,10 +142,7 @@ def evaluation(answer: Mapping[str, Any]) -> Any:
 def _with_interval(arm: Mapping[str, Any], measure: str) -> str:
     if arm.get(measure) is None:
         return ""
-    interval = arm.get(f"{measure}_interval_95")
-    ends = list(interval.values()) if isinstance(interval, dict) else interval
-    said = f"  [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else ""
-    return _number(arm[measure]) + said
+    return _said(measure, arm[measure]) + _between(arm.get(f"{measure}_interval_95"))
 
 
 def checks(found: Iterable[Any]) -> Any:
