@@ -17,7 +17,7 @@ import numpy as np
 
 from pennyweight.data.codec import Codec
 from pennyweight.data.conversation import Conversation, Dropped, Example, Message
-from pennyweight.data.formats import chat_messages
+from pennyweight.data.messages import chat_messages
 from pennyweight.data.surface import Surface, TurnRefusedError, surfaces
 from pennyweight.data.turns import Piece, pieces
 from pennyweight.errors import DataError

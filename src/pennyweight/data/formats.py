@@ -7,19 +7,25 @@ A reader takes one row and gives its conversation, or raises RowRefusedError wit
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pennyweight.data.conversation import Conversation, Message
+from pennyweight.data.messages import (
+    RowRefusedError,
+    found_text,
+    parsed_message,
+    parsed_messages,
+    parsed_tool_calls,
+    parsed_tools,
+    parsed_train,
+    type_name,
+)
 from pennyweight.data.read import nearest
-from pennyweight.errors import DataError
 
-__all__ = ["FORMATS", "RowRefusedError", "as_conversation", "chat_messages", "detect", "renamed"]
+__all__ = ["FORMATS", "RowRefusedError", "as_conversation", "detect", "renamed"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "bot": "assistant", "bing": "assistant",
@@ -33,16 +39,12 @@ _PAIRS = (
 )  # fmt: skip
 
 
-class RowRefusedError(ValueError):
-    """One row that cannot be read; the message is `field: what, mend`."""
-
-
 def detect(row: Any) -> str:
     """The format of a row by its keys; RowRefusedError where none fits."""
     if isinstance(row, str):
         return "text"
     if not isinstance(row, Mapping):
-        raise RowRefusedError(f"a {_type(row)}, not an object with named fields")
+        raise RowRefusedError(f"a {type_name(row)}, not an object with named fields")
     _refuse_preferences(row)
     keys = set(row)
     if "messages" in keys:
@@ -83,145 +85,14 @@ def as_conversation(row: Any, source: str, form: str) -> Conversation:
     if isinstance(row, str) and form == "text":
         row = {"text": row}
     if not isinstance(row, Mapping):
-        raise RowRefusedError(f"a {_type(row)}, not an object with named fields")
+        raise RowRefusedError(f"a {type_name(row)}, not an object with named fields")
     _refuse_preferences(row)
     return FORMATS[form](row, source)
 
 
-def chat_messages(
-    rows: Sequence[Message | Mapping[str, Any]], *, where: str = "messages"
-) -> tuple[Message, ...]:
-    """Messages as the OpenAI API writes them; DataError names the field of the first fault."""
-    try:
-        return _messages(rows, where)
-    except RowRefusedError as refused:
-        raise DataError(str(refused)) from refused
-
-
 def _chat(row: Mapping[str, Any], source: str) -> Conversation:
     rows = _field(row, "messages", list)
-    return Conversation(_messages(rows, "messages"), source, "chat", _tools(row))
-
-
-def _messages(rows: Any, where: str) -> tuple[Message, ...]:
-    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
-        raise RowRefusedError(f"{where}: {_found(rows)}; expected a list of messages")
-    return tuple(
-        m if isinstance(m, Message) else _message(m, f"{where}[{i}]") for i, m in enumerate(rows)
-    )
-
-
-def _message(row: Any, where: str) -> Message:
-    if not isinstance(row, Mapping):
-        raise RowRefusedError(f"{where}: {_found(row)}; expected an object with role and content")
-    if "role" not in row:
-        hint = nearest("role", [str(k) for k in row])
-        raise RowRefusedError(f"{where}.role: missing{hint or '; add it: user or assistant'}")
-    role = row["role"]
-    if role not in ROLES:
-        hint = nearest(role, ROLES) or f"; expected one of {', '.join(ROLES)}"
-        raise RowRefusedError(f"{where}.role: {_found(role)}{hint}")
-    content, extra = _content(row, where)
-    for name in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
-        if (value := row.get(name)) is not None:
-            if not isinstance(value, str):
-                raise RowRefusedError(f"{where}.{name}: {_found(value)}; expected text")
-            extra[name] = value
-    if reasoning := next(
-        (extra[n] for n in ("reasoning_content", "thinking", "reasoning") if n in extra), None
-    ):
-        extra |= {"reasoning_content": reasoning, "thinking": extra.get("thinking", reasoning)}
-    if (calls := row.get("tool_calls")) is not None:
-        extra["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
-    return Message(role, content, _train(row, role, where), extra)
-
-
-def _content(row: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    content = row.get("content")
-    if isinstance(content, str):
-        return content, {}
-    if content is None:
-        if row.get("tool_calls") or row.get("reasoning_content"):
-            return "", {}
-        near = nearest("content", [str(k) for k in row if k != "role"])
-        raise RowRefusedError(f"{where}.content: missing{near or '; add the text'}")
-    if not isinstance(content, list):
-        raise RowRefusedError(
-            f"{where}.content: {_found(content)}; expected text or a list of parts"
-        )
-    texts: list[str] = []
-    extra: dict[str, Any] = {}
-    for i, part in enumerate(content):
-        here = f"{where}.content[{i}]"
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        value = part.get("text", part.get("value")) if isinstance(part, Mapping) else part
-        if not isinstance(value, str) or kind not in {None, "text", "reasoning", "tool_call"}:
-            raise RowRefusedError(
-                f"{here}: {_found(kind or part)}; only text can be trained on here"
-            )
-        if kind == "reasoning":
-            extra["reasoning_content"] = value
-        elif kind == "tool_call":
-            extra.setdefault("tool_calls", []).extend(_tool_calls(value, here))
-        else:
-            texts.append(value)
-    return "".join(texts), extra
-
-
-def _train(row: Mapping[str, Any], role: str, where: str) -> bool | None:
-    for name in ("weight", "loss_weight", "train", "training"):
-        value = row.get(name)
-        if value is None:
-            continue
-        if value not in (0, 1) or isinstance(value, str):
-            raise RowRefusedError(f"{where}.{name}: {_found(value)}; expected 0 or 1")
-        if value and role != "assistant":
-            raise RowRefusedError(
-                f"{where}.{name}: 1 on a {role} message; only answers are trained"
-            )
-        return bool(value)
-    return None
-
-
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Calls as chat templates read them: type, function.name, function.arguments as an object."""
-    calls = _from_json(calls, where)
-    calls = [calls] if isinstance(calls, Mapping) else calls
-    if not isinstance(calls, list):
-        raise RowRefusedError(f"{where}: {_found(calls)}; expected a list of calls")
-    parsed = []
-    for i, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowRefusedError(f"{where}[{i}]: {_found(call)}; expected a function with a name")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            # What is not JSON stays the text it is; the template prints it so.
-            with contextlib.suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
-        kept = {"name": function["name"], "arguments": arguments}
-        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        parsed.append({**identity, "type": "function", "function": kept})
-    return parsed
-
-
-def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
-    tools = _from_json(row.get("tools"), "tools") if row.get("tools") else None
-    if tools is None:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowRefusedError(f"tools: {_found(tools)}; expected a list of JSON schemas")
-    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
-    return tuple(wrapped) or None
-
-
-def _from_json(value: Any, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RowRefusedError(f"{where}: text that is not JSON ({error})") from error
+    return Conversation(parsed_messages(rows, "messages"), source, "chat", parsed_tools(row))
 
 
 def _sharegpt(row: Mapping[str, Any], source: str) -> Conversation:
@@ -233,34 +104,34 @@ def _sharegpt(row: Mapping[str, Any], source: str) -> Conversation:
     for i, turn in enumerate(turns):
         where = f"{name}[{i}]"
         if isinstance(turn, Mapping) and "role" in turn and "from" not in turn:
-            messages.append(_message(turn, where))
+            messages.append(parsed_message(turn, where))
             continue
         if not isinstance(turn, Mapping) or "from" not in turn:
             raise RowRefusedError(f"{where}.from: missing; expected human or gpt")
-        if turn["from"] not in _SHAREGPT_ROLES:
+        if turn["from"] not in list(_SHAREGPT_ROLES):
             near = nearest(turn["from"], list(_SHAREGPT_ROLES))
             raise RowRefusedError(
-                f"{where}.from: {_found(turn['from'])}{near or '; expected human, gpt'}"
+                f"{where}.from: {found_text(turn['from'])}{near or '; expected human, gpt'}"
             )
         role, value = _SHAREGPT_ROLES[turn["from"]], turn.get("value")
         if not isinstance(value, str):
-            raise RowRefusedError(f"{where}.value: {_found(value)}; expected text")
-        train = _train(turn, role, where)
+            raise RowRefusedError(f"{where}.value: {found_text(value)}; expected text")
+        train = parsed_train(turn, role, where)
         if turn["from"] == "function_call":
-            calls = _tool_calls(value, f"{where}.value")
+            calls = parsed_tool_calls(value, f"{where}.value")
             messages.append(Message(role, "", train, {"tool_calls": calls}))
         else:
             messages.append(Message(role, value, train))
     if not messages:
         raise RowRefusedError(f"{name}: an empty list; expected turns")
-    return Conversation(tuple(messages), source, "chat", _tools(row))
+    return Conversation(tuple(messages), source, "chat", parsed_tools(row))
 
 
 def _alpaca(row: Mapping[str, Any], source: str) -> Conversation:
     instruction, output = _field(row, "instruction", str), _field(row, "output", str)
     given = row.get("input")
     if given is not None and not isinstance(given, str):
-        raise RowRefusedError(f"input: {_found(given)}; expected text")
+        raise RowRefusedError(f"input: {found_text(given)}; expected text")
     # People wrote `<noinput>`, `< noinput >` and the like for no input.
     written = given or ""
     has_input = written.strip() and re.sub(r"\W", "", written).lower() != "noinput"
@@ -270,14 +141,14 @@ def _alpaca(row: Mapping[str, Any], source: str) -> Conversation:
         messages.append(Message("system", _field(row, "system", str)))
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise RowRefusedError(f"history: {_found(history)}; expected pairs of texts")
+        raise RowRefusedError(f"history: {found_text(history)}; expected pairs of texts")
     for i, pair in enumerate(history):
         if (
             not isinstance(pair, list)
             or len(pair) != 2
             or not all(isinstance(t, str) for t in pair)
         ):
-            raise RowRefusedError(f"history[{i}]: {_found(pair)}; expected [question, answer]")
+            raise RowRefusedError(f"history[{i}]: {found_text(pair)}; expected [question, answer]")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     messages += [Message("user", prompt), Message("assistant", output)]
     return Conversation(tuple(messages), source, "prompt")
@@ -291,13 +162,13 @@ def _prompt_completion(row: Mapping[str, Any], source: str) -> Conversation:
         raise RowRefusedError(f"completion: no prompt and completion among {has}{near}")
     prompt, completion = row[pair[0]], row[pair[1]]
     if isinstance(prompt, list) or isinstance(completion, list):
-        before, after = _messages(prompt, pair[0]), _messages(completion, pair[1])
+        before, after = parsed_messages(prompt, pair[0]), parsed_messages(completion, pair[1])
         # The prompt of such a row is context, whoever spoke in it.
         context = tuple(Message(m.role, m.content, False, m.extra) for m in before)
-        return Conversation(context + after, source, "chat", _tools(row))
+        return Conversation(context + after, source, "chat", parsed_tools(row))
     for name, value in zip(pair, (prompt, completion), strict=True):
         if not isinstance(value, str):
-            raise RowRefusedError(f"{name}: {_found(value)}; expected text")
+            raise RowRefusedError(f"{name}: {found_text(value)}; expected text")
     system = (Message("system", _field(row, "system", str)),) if row.get("system") else ()
     turns = (*system, Message("user", prompt), Message("assistant", completion))
     return Conversation(turns, source, "prompt")
@@ -317,7 +188,7 @@ def _openassistant(row: Mapping[str, Any], source: str) -> Conversation:
         if role is None or not isinstance(text, str):
             field = "role" if role is None else "text"
             raise RowRefusedError(
-                f"{field}: {_found(node.get(field))}; expected a message of a tree"
+                f"{field}: {found_text(node.get(field))}; expected a message of a tree"
             )
         messages.append(Message(role, text))
         replies = [r for r in node.get("replies") or [] if _is_live(r)]
@@ -373,19 +244,5 @@ def _field(row: Mapping[str, Any], name: str, kind: type) -> Any:
         )
     if not isinstance(row[name], kind):
         wanted = "text" if kind is str else "a list"
-        raise RowRefusedError(f"{name}: {_found(row[name])}; expected {wanted}")
+        raise RowRefusedError(f"{name}: {found_text(row[name])}; expected {wanted}")
     return row[name]
-
-
-def _type(value: Any) -> str:
-    names = {type(None): "null", str: "text", list: "list", dict: "object", bool: "true/false"}
-    return names.get(type(value), "number" if isinstance(value, int | float) else "value")
-
-
-def _found(value: Any) -> str:
-    """`"assitant"`, `null`, `a list`: what stands there, short."""
-    if isinstance(value, str):
-        return f'"{value[:40]}"'
-    if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value)
-    return f"a {_type(value)}"

@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,10 @@ def _made(
         "repeated": repeated.tolist(),
         "ledger": [row.values() for row in ledger.rows],
         "notes": notes,
-        "questions": [asdict(question) for question in questions],
+        "questions": [
+            {"prompt_ids": q.prompt_ids, "reference": q.reference, "source": q.source}
+            for q in questions
+        ],
         "resolved": _resolved(config, tokenizer, train_rows),
     }
     return prepared, facts
