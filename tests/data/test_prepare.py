@@ -157,6 +157,15 @@ def test_faults_of_all_files_come_at_once(run: Run, tmp_path: Path) -> None:
     ]
 
 
+def test_files_of_one_name_are_told_apart(run: Run, tmp_path: Path) -> None:
+    files = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        files.append(write(tmp_path / folder / "my.jsonl", pairs(2)))
+    prepared = run(train=files, eval_fraction=0)
+    assert prepared.train.sources == [f"{file}:{line}" for file in files for line in (1, 2)]
+
+
 def test_data_that_trains_nothing_is_refused(run: Run, tmp_path: Path) -> None:
     file = write(tmp_path / "my.jsonl", [{"prompt": "a", "completion": ""}] * 3)
     with pytest.raises(DataError, match=r"none of 3 rows.*\n3 rows: the answer is empty"):

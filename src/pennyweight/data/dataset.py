@@ -12,7 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,11 @@ def locate(sources: str | Source | Sequence[str | Source], config: DataConfig) -
             faults.append(str(error))
     if faults:
         raise DataError.all(faults)
-    return located
+    called = Counter(name for each in located for name in each.names)
+    if max(called.values(), default=1) == 1:
+        return located
+    # Two files of one name are told apart by their whole paths.
+    return [replace(each, names=tuple(map(str, each.files))) for each in located]
 
 
 def _locate(source: Source, form: str) -> Located:
