@@ -177,5 +177,5 @@ def test_fingerprints_tell_bases_of_one_shape_apart(tiny_llama_folder, tmp_path)
 def test_an_unknown_name_says_what_was_tried():
     with pytest.raises(ModelError, match="no such folder"):
         load_base(BaseConfig(model="./nowhere"))
-    with pytest.raises(ModelError, match="sees no such device|not a device"):
+    with pytest.raises(ModelError, match=r"sees no such device|not a device"):
         load_base(BaseConfig(device="cuda:99"))

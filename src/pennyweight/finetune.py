@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from torch import nn
 from pennyweight.config import RunConfig, resolve
 from pennyweight.data.batch import Batch, collate, order
 from pennyweight.data.prepare import Prepared, prepare
+from pennyweight.data.preview import Shown, draw, preview
 from pennyweight.errors import ConfigError, Interrupted
 from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, paired, read_by
 from pennyweight.lora import attach, trained_parameters
-from pennyweight.model import BaseModel, load_base
+from pennyweight.model import BaseModel, load_base, load_tokenizer, stop_ids
 from pennyweight.optim import adamw, lr_at
 from pennyweight.plan import DataSize, Plan, plan
 from pennyweight.report import Report, plot_losses, read_events
@@ -47,7 +48,7 @@ from pennyweight.train import (
     train,
 )
 
-__all__ = ["RunResult", "finetune"]
+__all__ = ["RunResult", "Seen", "finetune", "look"]
 
 # Settings that may change between a run and its resumption: they do not touch what is learned.
 FREE_TO_CHANGE = frozenset(
@@ -126,6 +127,37 @@ def finetune(
                     "saved, and the same command resumes"
                 )
             return run.finish(predicted, resumed)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a run would learn from: rows with their trained parts marked, and the ledger's lines."""
+
+    shown: tuple[Shown, ...]
+    lines: tuple[str, ...]
+    summary: dict[str, Any]
+    rendering: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def look(config: RunConfig, rows: int = 3, *, out: Path | None = None) -> Seen:
+    """Render the data without reading a weight; with `out`, also write its ledger and histogram."""
+    config = resolve(config)
+    tokenizer = load_tokenizer(config.base.model)
+    ends = stop_ids(config.base.model, tokenizer)
+    data = prepare(config.data, tokenizer, seed=config.seed, stop_id=ends[0] if ends else None)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        data.ledger.write(out / "ledger.jsonl")
+        draw(data.ledger, out / "ledger.png", max_length=config.data.max_length)
+    return Seen(
+        shown=tuple(preview(data, rows)),
+        lines=tuple(data.ledger.lines()),
+        summary=data.ledger.summary(),
+        rendering=data.renderer.describe(),
+    )
 
 
 class _Run:
@@ -389,7 +421,7 @@ def _trainee(
     peak, kind, floor = train.learning_rate, train.lr_scheduler_type, train.min_lr_ratio
     return Trainee(
         base,
-        parameters.items(),
+        parameters,
         adamw(
             parameters,
             weight_decay=train.weight_decay,

@@ -6,11 +6,11 @@ import hashlib
 
 import pytest
 import torch
+from tests.conftest import FAMILIES
 
 from pennyweight.config import BaseConfig, LoraConfig
 from pennyweight.lora import attach, trained_parameters
 from pennyweight.model import BaseModel, load_base
-from tests.conftest import FAMILIES
 
 IDS = torch.randint(0, 280, (24,), generator=torch.Generator().manual_seed(1))
 

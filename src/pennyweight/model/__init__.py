@@ -7,7 +7,7 @@ from pennyweight.model.folder import (
     read_config,
     weight_files,
 )
-from pennyweight.model.load import load_base, resolve_device, resolve_dtype
+from pennyweight.model.load import load_base, resolve_device, resolve_dtype, stop_ids
 from pennyweight.model.outline import shapes
 from pennyweight.model.resident import BaseModel, Head
 
@@ -22,5 +22,6 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "shapes",
+    "stop_ids",
     "weight_files",
 ]

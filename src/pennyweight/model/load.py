@@ -33,7 +33,7 @@ from pennyweight.model.folder import (
 from pennyweight.model.resident import BaseModel, check_head
 from pennyweight.model.storage import Storage, StreamConfig, StreamQuantizer
 
-__all__ = ["load_base", "model_class", "register", "resolve_device", "resolve_dtype"]
+__all__ = ["load_base", "model_class", "register", "resolve_device", "resolve_dtype", "stop_ids"]
 
 
 def load_base(config: BaseConfig, *, trainable: bool = False) -> BaseModel:
@@ -58,7 +58,7 @@ def load_base(config: BaseConfig, *, trainable: bool = False) -> BaseModel:
     store = Storage(config.quantization, config.double_quantization, device)
     tensors = _lazy_tensors(folder)
     if stored is not None:
-        tensors = store.take_prequantized(tensors)
+        tensors = store.take_prequantized(tensors, _transposed(hf_config))
     module = _read(hf_config, tensors, store, torch.float32 if trainable else dtype)
     module.requires_grad_(trainable)
     module.eval()
@@ -71,7 +71,7 @@ def load_base(config: BaseConfig, *, trainable: bool = False) -> BaseModel:
         quantization=config.quantization,
         dtype=dtype,
         mixed=trainable and dtype != torch.float32,
-        stop_ids=_stop_ids(folder, tokenizer),
+        stop_ids=stop_ids(config.model, tokenizer),
     )
     base.route.backend = config.attention
     check_head(base)
@@ -94,12 +94,11 @@ def resolve_device(name: str) -> torch.device:
         raise ModelError(
             f"base.device {name!r}: not a device; use auto, cpu, cuda, cuda:1 or mps"
         ) from None
-    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(
-        device.type, lambda: True
-    )
-    if not present():
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device.type, True):
         raise ModelError(
-            f"base.device {name!r}: this torch ({torch.__version__}) sees no such device; use auto or cpu"
+            f"base.device {name!r}: this torch ({torch.__version__}) sees no such device; "
+            "use auto or cpu"
         )
     return device
 
@@ -186,6 +185,15 @@ def _lazy_tensors(folder: Path) -> dict[str, Any]:
     return tensors
 
 
+def _transposed(config: PretrainedConfig) -> set[str]:
+    """Names of the layers whose weight the model keeps as `[in, out]` (GPT-2's Conv1D)."""
+    with torch.device("meta"):
+        module = model_class(config)(config)
+    names = {n for n, layer in module.named_modules() if type(layer).__name__ == "Conv1D"}
+    prefix = f"{module.base_model_prefix}."
+    return names | {n.removeprefix(prefix) for n in names}
+
+
 def _refuse_foreign_quantization(stored: Any, folder: Path) -> None:
     method = (
         stored.get("quant_method")
@@ -199,8 +207,9 @@ def _refuse_foreign_quantization(stored: Any, folder: Path) -> None:
         )
 
 
-def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids that end an answer: those of generation_config.json, and the tokenizer's own."""
+    folder = find_folder(name, weights=False)
     ids: list[int] = []
     if (folder / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id

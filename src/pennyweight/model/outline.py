@@ -63,6 +63,7 @@ def shapes(name: str) -> Shapes:
         max_positions=int(getattr(text, "max_position_embeddings", 2**31)),
         gated=any("gate" in row.name for row in rows),
         activation=activation,
+        softcap=bool(getattr(text, "attn_logit_softcapping", None)),
     )
 
 

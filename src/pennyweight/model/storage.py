@@ -7,7 +7,7 @@ stands in memory whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pennyweight.errors import ModelError
 from pennyweight.lora.layer import linear_shape
 from pennyweight.quant import (
+    FourBit,
     Quantized4Bit,
     Quantized8Bit,
     QuantizedLinear,
@@ -43,8 +44,14 @@ class Storage:
         self.held: dict[str, Quantized4Bit | Quantized8Bit] = {}
         self.faults: list[str] = []
 
-    def take_prequantized(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Fold bitsandbytes' companions of each weight (`weight.absmax`, ...) into values kept here."""
+    def take_prequantized(
+        self, tensors: dict[str, Any], transposed: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Fold bitsandbytes' companions of each weight (`weight.absmax`, ...) into values kept here.
+
+        bitsandbytes stores every weight as `[out, in]`; the layers named `transposed` want theirs
+        the other way round.
+        """
         roots = {k.rpartition(".weight.")[0] for k in tensors if ".weight." in k}
         roots |= {k.removesuffix(".SCB") for k in tensors if k.endswith(".SCB")}
         plain = {}
@@ -60,10 +67,12 @@ class Storage:
         for root, parts in groups.items():
             value = from_bitsandbytes(parts)
             if self.quantization == "none":
-                plain[f"{root}.weight"] = _dense(value)
+                dense = _dense(value)
+                plain[f"{root}.weight"] = dense.T.contiguous() if root in transposed else dense
             else:
+                shape = tuple(value.shape)
                 self.stored[f"{root}.weight"] = value
-                plain[f"{root}.weight"] = torch.zeros(tuple(value.shape))
+                plain[f"{root}.weight"] = torch.zeros(shape[::-1] if root in transposed else shape)
         return plain
 
     def hold(self, key: str, weight: Tensor, layer: nn.Module) -> None:
@@ -86,7 +95,8 @@ class Storage:
     def _quantized(self, weight: Tensor) -> Quantized4Bit | Quantized8Bit:
         if self.quantization == "int8":
             return quantize_8bit(weight)
-        return quantize_4bit(weight, format=self.quantization, double_quantization=self.double)
+        four: FourBit = "fp4" if self.quantization == "fp4" else "nf4"
+        return quantize_4bit(weight, format=four, double_quantization=self.double)
 
 
 class StreamConfig(QuantizationConfigMixin):
@@ -133,7 +143,7 @@ class StreamQuantizer(HfQuantizer):
         for key, value in self.quantization_config.store.take_held():
             path = key.removesuffix(".weight")
             layer = model.get_submodule(path)
-            linear = QuantizedLinear(value, layer.bias, compute_dtype=None)
+            linear: Any = QuantizedLinear(value, layer.bias, compute_dtype=None)
             linear.fan_in_fan_out = type(layer).__name__ == "Conv1D"
             model.set_submodule(path, linear)
         return model
@@ -160,7 +170,7 @@ class _Quantize(ConversionOps):
         self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         assert model is not None
-        empty = {}
+        empty: dict[str, Tensor] = {}
         for key, given in input_dict.items():
             weight = given[0] if isinstance(given, list) else given
             layer = model.get_submodule(key.removesuffix(".weight"))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ import torch
 from torch import Tensor
 
 from pennyweight.errors import ConfigError, DiskError, ModelError
+from pennyweight.model.resident import BaseModel
 
 __all__ = [
     "DTYPES",
     "Entry",
     "copy_companions",
+    "is_companion",
+    "module_of",
     "read_settings",
     "torch_dtype",
     "whole_folder",
@@ -60,6 +64,13 @@ COMPANIONS: Final = (
     "NOTICE*",
 )
 """What stands beside weights and config and belongs to the model all the same."""
+
+
+# What a checkpoint of quantized weights has beside the codes.
+_COMPANION: Final = re.compile(
+    r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$"
+    r"|\.SCB$|\.weight_format$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +139,20 @@ def write_safetensors(path: Path, entries: Mapping[str, Entry]) -> None:
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def is_companion(key: str) -> bool:
+    """Whether a file's key is a scale or table of a weight stored quantized."""
+    return _COMPANION.search(key) is not None
+
+
+def module_of(base: BaseModel, key: str, modules: Collection[str]) -> str | None:
+    """The module whose weight a file's `key` is; files may leave out or add the model's prefix."""
+    if not key.endswith(".weight"):
+        return None
+    path, prefix = key.removesuffix(".weight"), f"{base.module.base_model_prefix}."
+    places = (path, prefix + path, path.removeprefix(prefix))
+    return next((place for place in places if place in modules), None)
 
 
 def write_index(folder: Path, files: Mapping[str, Mapping[str, Entry]]) -> None:

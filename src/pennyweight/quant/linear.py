@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Module):
         autocast = torch.is_autocast_enabled(device)
         dtype = self.compute_dtype or (torch.get_autocast_dtype(device) if autocast else x.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        y: Tensor = _FrozenProduct.apply(x.to(dtype), self.value, bias)  # type: ignore[no-untyped-call]
+        y: Tensor = _FrozenProduct.apply(x.to(dtype), self.value, bias)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -92,7 +92,7 @@ class QuantizedLinear(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(move, recurse)
         return self
 
 

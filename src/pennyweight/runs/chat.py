@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,23 @@ class ChatSession:
 
     def send(self, text: str) -> Iterator[str]:
         """Pieces of the answer as they come; the turn is remembered when it is whole."""
-        self.messages.append({"role": "user", "content": text})
-        prompt = self.renderer.prompt(self.messages)
+        prompt = self.renderer.prompt([*self.messages, {"role": "user", "content": text}])
+        pieces = []
+        for piece in self._pieces(prompt):
+            pieces.append(piece)
+            yield piece
+        self.messages += [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "".join(pieces)},
+        ]
+
+    def answer(self, prompt_ids: Sequence[int]) -> str:
+        """The answer to a rendered prompt, outside the conversation."""
+        return "".join(self._pieces(prompt_ids))
+
+    def _pieces(self, prompt: Sequence[int]) -> Iterator[str]:
         room = self.base.max_positions - len(prompt)
         if room < 1:
-            self.messages.pop()
             raise ConfigError(
                 f"the conversation has {len(prompt):,} tokens, {self.base.name} knows "
                 f"{self.base.max_positions:,} positions: start a new one"
@@ -62,10 +74,8 @@ class ChatSession:
             if not whole.endswith(UNFINISHED) and len(whole) > len(said):
                 yield whole[len(said) :]
                 said = whole
-        rest = self.renderer.decode(ids)[len(said) :]
-        if rest:
+        if rest := self.renderer.decode(ids)[len(said) :]:
             yield rest
-        self.messages.append({"role": "assistant", "content": said + rest})
 
 
 def open_chat(
