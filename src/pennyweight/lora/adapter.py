@@ -14,15 +14,16 @@ from pennyweight.config import LoraConfig
 from pennyweight.errors import AdapterError
 from pennyweight.lora.card import card as card_of
 from pennyweight.lora.peft_layout import (
-    NARROWING,
+    ALONG,
     SETTINGS,
     TENSORS,
-    TYING,
     config_from,
+    narrowing,
     rank_fault,
     read_json,
     read_tensors,
     settings_of,
+    targeted,
     tensors_of,
     write_json,
     write_tensors,
@@ -41,7 +42,8 @@ class Adapter:
     """Factors A `[r, in]` and B `[out, r]` by module, and whole trained weights by module.
 
     `base_fingerprint` is None for adapters made elsewhere, which do not carry one; `notes` says
-    what was passed over while reading.
+    what was passed over while reading. `along` holds weights of the base itself, by module, that
+    were saved with the adapter; the base it is put beside must have the same.
     """
 
     config: LoraConfig
@@ -51,6 +53,7 @@ class Adapter:
     base_fingerprint: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    along: Mapping[str, Tensor] = field(default_factory=dict)
 
     def scaling(self, module: str) -> float:
         """alpha / r at one module, or alpha / sqrt(r) with rsLoRA."""
@@ -112,23 +115,28 @@ class Adapter:
         ratio = ours.get("loraplus_lr_ratio")
         if isinstance(ratio, int | float) and ratio > 0:
             config = config.model_copy(update={"loraplus_lr_ratio": float(ratio)})
-        foreign = {k: settings[k] for k in (*NARROWING, TYING) if settings.get(k)}
+        along = {path: saved.pop(path) for path in list(saved) if path.endswith(ALONG)}
         return cls(
             config=config,
             factors=factors,
             saved=saved,
             base_name=str(base.get("name") or settings.get("base_model_name_or_path") or ""),
             base_fingerprint=base.get("fingerprint"),
-            about={k: v for k, v in ours.items() if k not in KEPT_APART} | foreign,
-            notes=(*notes, *_idle_targets(config, factors)),
+            about={k: v for k, v in ours.items() if k not in KEPT_APART} | narrowing(settings),
+            notes=(*notes, *_idle_targets(config, factors, narrowing(settings))),
+            along={path.removesuffix(ALONG): weight for path, weight in along.items()},
         )
 
 
-def _idle_targets(config: LoraConfig, factors: Mapping[str, object]) -> list[str]:
+def _idle_targets(
+    config: LoraConfig, factors: Mapping[str, object], about: Mapping[str, Any]
+) -> list[str]:
     """A note on names in the target list that no factor belongs to; PEFT passes them over."""
     if isinstance(config.target_modules, str):
         return []
-    idle = [t for t in config.target_modules if not any(ends_with(n, t) for n in factors)]
+    excluded = {"exclude_modules": about.get("exclude_modules")}
+    asked = [t for t in config.target_modules if targeted(t, (t,), excluded)]
+    idle = [t for t in asked if not any(ends_with(n, t) for n in factors)]
     if not idle:
         return []
     return [f"target_modules names {', '.join(sorted(idle))}, for which the file has no factors"]

@@ -211,12 +211,25 @@ def check_fit(base: Resident, adapter: Adapter) -> None:
                 f"{path}: trained copy {tuple(weight.shape)}, base {tuple(modules[path].weight.shape)}"
             )
     faults += [
+        f"{path}: the adapter's file carries the base's own weight, and this base has another"
+        for path, weight in adapter.along.items()
+        if not _holds(modules.get(path), weight)
+    ]
+    faults += [
         f"{path}: one adapter trains it whole, another by factors; choose one way"
         for path in (*adapter.factors, *adapter.saved)
         if isinstance(modules.get(path), TrainedCopy if path in adapter.factors else LoraLinear)
     ]
     if faults:
         raise AdapterError.all(faults[:20])
+
+
+def _holds(module: nn.Module | None, weight: Tensor) -> bool:
+    """Whether the module's weight is this one, in the module's type."""
+    own = getattr(module, "weight", None)
+    if not isinstance(own, Tensor) or own.shape != weight.shape:
+        return False
+    return torch.equal(own.cpu(), weight.to(own.dtype))
 
 
 def _unfilled(base: Resident, adapter: Adapter, layers: Mapping[str, nn.Module]) -> list[str]:

@@ -26,6 +26,7 @@ __all__ = [
     "SETTINGS",
     "TENSORS",
     "config_from",
+    "narrowing",
     "read_json",
     "read_tensors",
     "settings_of",
@@ -58,6 +59,8 @@ CONVERTED = ("pissa", "olora", "corda", "loftq", "lora")
 # What narrows PEFT's target list; kept beside the adapter as it was found.
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 TYING = "ensure_weight_tying"
+# PEFT writes the base's own embedding or head along when an adapter stands beside it.
+ALONG = ".base_layer"
 
 
 def settings_of(
@@ -88,7 +91,13 @@ def settings_of(
         "fan_in_fan_out": bool(about.get("fan_in_fan_out", False)),
         "init_lora_weights": True,
     }
-    return settings | {key: about[key] for key in (*NARROWING, TYING) if about.get(key)}
+    return settings | narrowing(about)
+
+
+def narrowing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of PEFT's settings those that narrow the target list or tie copies, where they are set."""
+    found = {key: settings.get(key) for key in (*NARROWING, TYING)}
+    return {k: v for k, v in found.items() if v is not None and v is not False and v != []}
 
 
 def config_from(
@@ -161,7 +170,11 @@ def targeted(name: str, spec: Iterable[str], about: Mapping[str, Any]) -> bool:
 def tensors_of(
     factors: Mapping[str, tuple[Tensor, Tensor]], saved: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The content of adapter_model.safetensors; `read_tensors` is the inverse."""
+    """The content of adapter_model.safetensors; `read_tensors` is the inverse.
+
+    A copy under the name `….base_layer` is the base's own weight, which PEFT writes along with
+    factors on an embedding or head.
+    """
     tensors = {}
     for path, (a, b) in factors.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a.detach().cpu().contiguous()
