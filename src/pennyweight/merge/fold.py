@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,17 +15,12 @@ from pennyweight.errors import AdapterError, ModelError
 from pennyweight.lora import Adapter
 from pennyweight.lora.layer import AdaptedModule
 from pennyweight.model import BaseModel, weight_files
-from pennyweight.model.writing import Entry, torch_dtype
+from pennyweight.model.writing import Entry, is_companion, module_of, torch_dtype
 from pennyweight.quant import QuantizedLinear
 
 __all__ = ["Fold", "refuse_no_change"]
 
 KEPT_AT_LEAST: Final = 0.5
-# What a checkpoint of quantized weights has beside the codes.
-COMPANION: Final = re.compile(
-    r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$"
-    r"|\.SCB$|\.weight_format$"
-)
 
 
 class Fold:
@@ -58,9 +52,9 @@ class Fold:
         """The tensors of one merged file, to be made one by one from the base's `file`."""
         found: dict[str, Entry] = {}
         for key in file.keys():  # noqa: SIM118
-            if COMPANION.search(key):
+            if is_companion(key):
                 continue
-            path = self._module_of(key)
+            path = module_of(self.base, key, self.modules)
             found[key] = self._entry(file, key, path)
             self.left.discard(path or "")
             twin = next((t for t in self.tied if path in self.tied and t != path), None)
@@ -121,14 +115,6 @@ class Fold:
         self.meant += float(delta.square().sum())
         self.folded += 1
         return after
-
-    def _module_of(self, key: str) -> str | None:
-        """The module whose weight `key` is; files may leave out or add the model's prefix."""
-        if not key.endswith(".weight"):
-            return None
-        path, prefix = key.removesuffix(".weight"), f"{self.base.module.base_model_prefix}."
-        places = (path, prefix + path, path.removeprefix(prefix))
-        return next((place for place in places if place in self.modules), None)
 
 
 def refuse_no_change(base: BaseModel, adapter: Adapter) -> None:
