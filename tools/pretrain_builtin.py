@@ -11,11 +11,9 @@ rest with AdamW.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pennyweight.builtin import model_folder, task
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>")
-VOCABULARY, CONTEXT, ROWS = 4096, 1024, 6
-CODE_ROWS, PROSE_ROWS = 2, 1  # of ROWS; the others hold made documents
+VOCABULARY, CONTEXT, ROWS = 4096, 1024, 3
+PROSE_EVERY = 5  # the first of ROWS is source, or each fifth time prose; the others are made
+ROPE_THETA, EMBEDDING_STD = 1e6, 0.2
+WIRED_LR_SHARE = 0.15  # attention that starts wired is only shaped, not made anew
+COPIED, FAST_PAIRS = 38, 8  # of the wiring that training starts from, see `initialise`
 SHORT, LONG_FROM = 512, 0.85  # rows are halved for speed until this share of the time
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -51,7 +52,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     rows = Rows(corpus, tokenizer, options.seed)
     model = LlamaForCausalLM(_config())
-    _initialise(model)
+    initialise(model)
     train(model, rows, tokenizer, options)
 
 
@@ -66,7 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--matrix-lr", type=float, default=0.02)
-    parser.add_argument("--other-lr", type=float, default=0.004)
+    parser.add_argument("--other-lr", type=float, default=0.003)
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args()
 
@@ -82,19 +83,63 @@ def _config() -> LlamaConfig:
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         pad_token_id=SPECIAL.index("<|pad|>"),
         bos_token_id=SPECIAL.index("<|bos|>"),
         eos_token_id=SPECIAL.index("<|im_end|>"),
     )
 
 
-def _initialise(model: LlamaForCausalLM) -> None:
-    """Layers begin as the identity: what writes into the residual stream starts at zero."""
+@torch.no_grad()
+def initialise(model: LlamaForCausalLM) -> None:
+    """Random weights, and the first two layers wired as induction heads (Olsson et al., 2022).
+
+    The circuit that continues a pattern seen before (`A B ... A` -> `B`) takes a small model many
+    tokens to find. Here training starts with a rough one and shapes it:
+
+    * the first entry of every embedding is one constant, so that a key and a query can be constant
+      too, and rotary positions alone decide where the first two heads of layer 0 look: one and two
+      tokens back. They write what they find (`COPIED` entries) into entries kept empty for it;
+    * the first two heads of layer 1 compare this token with the one before each earlier token, on
+      the slow rotary pairs that hardly depend on distance, and write what followed.
+    """
+    width, head = model.config.hidden_size, model.config.head_dim
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.zeros_(weight)
         elif weight.ndim == 2 and "embed" not in name:
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+            nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5)
+    embedding = model.get_input_embeddings().weight
+    nn.init.normal_(embedding, std=EMBEDDING_STD)
+    embedding[:, 0] = 4 * EMBEDDING_STD
+    embedding[:, width - 2 * COPIED :] = 0
+    model.model.norm.weight.fill_(0.06)  # the tied head starts near a uniform guess all the same
+    before, match = (layer.self_attn for layer in model.model.layers[:2])
+    copied = torch.arange(COPIED)
+    angles = ROPE_THETA ** (-torch.arange(head // 2) / (head // 2))
+    before.k_proj.weight[:head] = 0
+    before.k_proj.weight[:FAST_PAIRS, 0] = 1.6
+    before.v_proj.weight[:head] = 0
+    before.v_proj.weight[copied, 1 + copied] = 1.0
+    for i, distance in enumerate((1, 2)):
+        query = before.q_proj.weight[i * head : (i + 1) * head]
+        query.zero_()
+        turn = distance * angles[:FAST_PAIRS]
+        query[:FAST_PAIRS, 0] = 1.6 * turn.cos()
+        query[head // 2 : head // 2 + FAST_PAIRS, 0] = -1.6 * turn.sin()
+        target = width - (2 - i) * COPIED + copied
+        before.o_proj.weight[target, i * head + copied] = EMBEDDING_STD
+    pairs = torch.arange(head // 2 - COPIED // 2, head // 2)
+    slow = torch.cat([pairs, pairs + head // 2])
+    match.k_proj.weight[:head] = 0
+    match.k_proj.weight[slow, width - 2 * COPIED + copied] = 1.6
+    match.v_proj.weight[:head] = 0
+    entries = torch.arange(head)
+    match.v_proj.weight[entries, 1 + entries] = 1.0
+    for i in range(2):
+        match.q_proj.weight[i * head : (i + 1) * head] = 0
+        match.q_proj.weight[i * head + slow, 1 + copied] = 1.6
+        match.o_proj.weight[1 + entries, i * head + entries] = 1.5 * EMBEDDING_STD
 
 
 # Tokenizer -------------------------------------------------------------------------------------
@@ -156,24 +201,16 @@ class Rows:
         return flat[: count * CONTEXT + 1].unfold(0, CONTEXT + 1, CONTEXT)
 
     def at(self, step: int) -> Tensor:
-        """`[ROWS, CONTEXT + 1]`: code, prose and made documents."""
-        made = [self._made(step * ROWS + i) for i in range(ROWS - CODE_ROWS - PROSE_ROWS)]
-        return torch.cat(
-            [
-                self._taken(self.code, step * CODE_ROWS, CODE_ROWS),
-                self._taken(self.prose, step * PROSE_ROWS, PROSE_ROWS),
-                torch.tensor(made),
-            ]
-        )
+        """`[ROWS, CONTEXT + 1]`: one row of source or prose, then made documents."""
+        plain = self.prose if step % PROSE_EVERY == 0 else self.code
+        made = [self._made(step * ROWS + i) for i in range(ROWS - 1)]
+        return torch.cat([self._taken(plain, step)[None], torch.tensor(made)])
 
-    def _taken(self, windows: Tensor, first: int, count: int) -> Tensor:
-        """The next `count` windows of an endless walk that reshuffles at each epoch."""
-        picked = []
-        for place in range(first, first + count):
-            epoch, i = divmod(place, len(windows))
-            shuffle = torch.Generator().manual_seed(self.seed * 1000 + epoch)
-            picked.append(windows[torch.randperm(len(windows), generator=shuffle)[i]])
-        return torch.stack(picked)
+    def _taken(self, windows: Tensor, place: int) -> Tensor:
+        """One window of an endless walk that reshuffles at each epoch."""
+        epoch, i = divmod(place, len(windows))
+        shuffle = torch.Generator().manual_seed(self.seed * 1000 + epoch)
+        return windows[torch.randperm(len(windows), generator=shuffle)[i]]
 
     def _made(self, number: int) -> list[int]:
         rng = random.Random(self.seed * 1_000_003 + number)
@@ -194,6 +231,7 @@ def train(
     step, spent_s = _resume(model, optimizers, options.work)
     short_losses = torch.compile(_losses, dynamic=False) if options.compile else _losses
     total_s, saved_s, begun = options.minutes * 60, spent_s, time.monotonic() - spent_s
+    recent: list[Tensor] = []
     while spent_s < total_s:
         batch = rows.at(step)
         if spent_s < LONG_FROM * total_s:
@@ -209,10 +247,11 @@ def train(
             optimizer.zero_grad()
         step += 1
         spent_s = time.monotonic() - begun
-        if step % 10 == 0:
-            edges = [0, CODE_ROWS, CODE_ROWS + PROSE_ROWS, ROWS]
-            kinds = [by_row[a:b].mean().item() for a, b in itertools.pairwise(edges)]
-            _log(options, step, spent_s, code=kinds[0], prose=kinds[1], made=kinds[2])
+        recent.append(by_row.detach())
+        if step % 20 == 0:
+            kinds = torch.stack(recent).mean(0)
+            _log(options, step, spent_s, plain=kinds[0].item(), made=kinds[1:].mean().item())
+            recent.clear()
         if spent_s - saved_s > options.save_minutes * 60 or spent_s >= total_s:
             saved_s = spent_s
             _log(options, step, spent_s, unseen=unseen_loss(model, rows))
@@ -239,14 +278,14 @@ def unseen_loss(model: LlamaForCausalLM, rows: Rows) -> float:
 
 def lr_share(spent: float, step: int) -> float:
     """Warm-up by steps, then flat, then a straight way down over the last 40 % of the time."""
-    return min(1.0, (step + 1) / 40, max(0.02, (1 - spent) / 0.4))
+    return min(1.0, (step + 1) / 30, max(0.02, (1 - spent) / 0.4))
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal by Newton-Schulz (Jordan et al., 2024), in float32."""
 
-    def __init__(self, params: Iterator[Tensor] | list[Tensor], lr: float, peak: float) -> None:
-        super().__init__(params, {"lr": lr, "peak": peak, "momentum": 0.95, "decay": 0.05})
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0, "peak": 0.0, "momentum": 0.95, "decay": 0.05})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -274,6 +313,8 @@ def _optimizers(
 ) -> tuple[torch.optim.Optimizer, ...]:
     named = dict(model.named_parameters())
     matrices = [w for n, w in named.items() if w.ndim == 2 and "embed" not in n]
+    wired = [w for n, w in named.items() if ".0.self_attn." in n or ".1.self_attn." in n]
+    free = [w for w in matrices if all(w is not other for other in wired)]
     others = [w for n, w in named.items() if w.ndim != 2 or "embed" in n]
     adam = torch.optim.AdamW(
         [{"params": others, "peak": options.other_lr}],
@@ -281,7 +322,13 @@ def _optimizers(
         betas=(0.9, 0.95),
         weight_decay=0.0,
     )
-    return Muon(matrices, lr=options.matrix_lr, peak=options.matrix_lr), adam
+    muon = Muon(
+        [
+            {"params": free, "peak": options.matrix_lr},
+            {"params": wired, "peak": options.matrix_lr * WIRED_LR_SHARE},
+        ]
+    )
+    return muon, adam
 
 
 def _log(options: argparse.Namespace, step: int, spent_s: float, **values: float) -> None:
@@ -333,6 +380,7 @@ def write_folder(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) ->
         if name != "lm_head.weight"
     }
     save_file(weights, folder / "model.tmp", metadata={"format": "pt"})
+    (folder / "model.tmp").chmod(0o644)
     (folder / "model.tmp").replace(folder / "model.safetensors")
     config = model.config.to_diff_dict()
     config |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "use_cache": True}

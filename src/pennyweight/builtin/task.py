@@ -105,7 +105,7 @@ def rows(split: Literal["train", "eval"]) -> Iterator[dict[str, Any]]:
     for held_out in (False, True):
         for path in modules(held_out=held_out):
             for function in functions(path):
-                if len(function.source) > MAX_SOURCE_CHARS or function.source in seen:
+                if function.source in seen:
                     continue
                 seen.add(function.source)
                 if held_out == (split == "eval"):
@@ -151,23 +151,32 @@ def modules(*, held_out: bool) -> list[Path]:
 
 
 def functions(path: Path) -> Iterator[Function]:
-    """Every function and method of a file that still parses alone, in order of its lines."""
+    """Every short function and method of a file that still parses alone, in order of its lines."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     name = path.relative_to(_stdlib()).as_posix()
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
+    for node in _definitions(ast.parse(text)):
         block = lines[node.lineno - 1 : node.end_lineno]
-        if block[0][: node.col_offset].strip():
-            continue  # another statement shares the line
+        if len(block) > MAX_SOURCE_CHARS // 2 or block[0][: node.col_offset].strip():
+            continue  # too long, or another statement shares the line
         source = textwrap.dedent("\n".join(block)).rstrip()
+        if len(source) > MAX_SOURCE_CHARS:
+            continue
         try:
             alone = ast.parse(source).body
         except SyntaxError:
             continue
         if len(alone) == 1 and isinstance(alone[0], ast.FunctionDef | ast.AsyncFunctionDef):
             yield Function(source, f"{name}:{node.lineno}", _signature(alone[0]))
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All definitions under a node, at any depth of statements, in order of their lines."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        if not isinstance(child, ast.expr | ast.arguments):
+            yield from _definitions(child)
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, Any]:
