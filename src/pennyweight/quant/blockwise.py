@@ -26,6 +26,7 @@ from pennyweight.quant.formats import (
     thresholds,
 )
 from pennyweight.quant.intake import chunks, refuse_nonfinite, refuse_unfit
+from pennyweight.quant.kernels import dequantize_4bit_kernel
 from pennyweight.quant.rowwise import Quantized8Bit, dequantize_8bit, quantize_8bit
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "block_scales",
     "dequantize_4bit",
     "dequantize_8bit",
+    "fill_in_torch",
     "quantize_4bit",
     "quantize_8bit",
     "storage_bytes",
@@ -160,13 +162,20 @@ def dequantize_4bit(
     """The weight in its own shape: float32 level times float32 scale, rounded once to `dtype`.
 
     `dtype` defaults to the original one. `out` (contiguous, of that shape) is filled and returned
-    if given, and its dtype counts.
+    if given, and its dtype counts. On a GPU a kernel does it where one serves; see `kernels`.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.codes.device)
     assert tuple(out.shape) == q.shape, (out.shape, q.shape)
     assert out.is_contiguous()
     assert dtype in (None, out.dtype), (dtype, out.dtype)
+    fill = dequantize_4bit_kernel(out) or fill_in_torch
+    fill(q, out)
+    return out
+
+
+def fill_in_torch(q: Quantized4Bit, out: Float[Tensor, "*shape"]) -> None:
+    """Write the dequantized weight into a contiguous `out`; the reference of its kernel."""
     flat, scales, table = out.view(-1), block_scales(q), pair_table(q.format, q.codes.device)
     for start, stop in chunks(flat.numel(), out.device):
         # One gather of 8 bytes fetches the two levels of a byte.
@@ -179,7 +188,6 @@ def dequantize_4bit(
         _multiply_blocks(levels, blocks, q.block_size, out=product)
         if not direct:
             flat[start:stop] = product
-    return out
 
 
 def block_scales(q: Quantized4Bit) -> Float32[Tensor, " blocks"]:

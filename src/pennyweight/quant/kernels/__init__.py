@@ -1,0 +1,70 @@
+"""Device code behind the functions of this room, one module a kernel.
+
+A kernel serves where its tensors are on a GPU, Triton works there, and a first trial gives what
+pure torch gives, bit for bit; everywhere else pure torch does the work. In the environment,
+PENNYWEIGHT_KERNELS=off forces pure torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pennyweight.quant.blockwise import Quantized4Bit
+
+__all__ = ["dequantize_4bit_kernel", "why_pure_torch"]
+
+_SWITCH: Final = "PENNYWEIGHT_KERNELS"
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dequantize_4bit_kernel(out: Tensor) -> Callable[[Quantized4Bit, Tensor], None] | None:
+    """What fills such an `out` with a dequantized weight in one launch; None for pure torch."""
+    if out.device.type != "cuda" or out.dtype not in _DTYPES or _switched_off():
+        return None
+    module = _tried(out.device, out.dtype)
+    return None if isinstance(module, str) else module.fill
+
+
+def why_pure_torch(device: torch.device) -> str:
+    """Why no kernel serves on this device; empty where one does. Tries it, which takes a second."""
+    if device.type != "cuda":
+        return "kernels are for GPUs"
+    if _switched_off():
+        return f"{_SWITCH} is off"
+    module = _tried(device, torch.float32)
+    return module if isinstance(module, str) else ""
+
+
+def _switched_off() -> bool:
+    return os.environ.get(_SWITCH, "").strip().lower() == "off"
+
+
+@functools.cache
+def _tried(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module of the kernel, after a trial; or, in words, why it cannot serve."""
+    try:
+        from pennyweight.quant.kernels import dequantize_4bit as module
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    try:
+        if module.agrees_with_torch(device, dtype):
+            return module
+        why = "it gives other values than pure torch"
+    # Whatever keeps a compiler from working on a machine we do not know: no C compiler, no Python
+    # headers, a GPU it no longer serves. Each is an exception of another package.
+    except Exception as error:
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+    warnings.warn(
+        f"the 4-bit kernel does not work on {device} ({why}); pure torch does its work, with the "
+        f"same values and more slowly. {_SWITCH}=off silences this",
+        stacklevel=2,
+    )
+    return f"the kernel does not work on {device}: {why}"
