@@ -1,4 +1,4 @@
-"""Full, LoRA and QLoRA from YAML on the E2E task, beside PEFT's published losses.
+"""Full, LoRA and QLoRA from YAML on the E2E task, beside PEFT's losses.
 
     python -m benchmarks.yardstick --data PATH [--seeds 0 1 2] [--methods full lora qlora]
 
@@ -39,13 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = sum(pool.map(lambda arm: _in_a_process(asked, *arm), waiting))
     from benchmarks.yardstick_report import write
 
-    write(read_results(asked.work), asked.results)
+    write(read_results(asked.work, "*-seed*"), read_results(asked.work, "peer-*"), asked.results)
     return 1 if failed else 0
 
 
-def read_results(work: Path) -> list[dict[str, Any]]:
+def read_results(work: Path, pattern: str) -> list[dict[str, Any]]:
     """Results of the arms that are done, by method and seed."""
-    found = [json.loads(path.read_text()) for path in work.glob("*-seed*.json")]
+    found = [json.loads(path.read_text()) for path in work.glob(f"{pattern}.json")]
     return sorted(found, key=lambda arm: (METHODS.index(arm["method"]), arm["seed"]))
 
 
