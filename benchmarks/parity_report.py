@@ -84,7 +84,8 @@ def _section(side: Side) -> list[str]:
         apart = [abs(a - b) for a, b in zip(left, right, strict=True)]
         figures = (apart[0], max(apart[:EARLY_STEPS]), max(apart), sum(apart) / len(apart))
         rows.append([name, *(f"{figure:.1e}" for figure in figures)])
-    drift = max(_furthest(side, name, PEER) for name in DRIFTS)
+    furthest = _furthest(side, OURS, PEER)
+    reversed_rows, double = (furthest / max(_furthest(side, name, PEER), LEAST) for name in DRIFTS)
     return [
         f"## {TITLES[side.quantization]}, {side.steps} steps",
         *_weights(side.checks),
@@ -166,7 +167,7 @@ def _draw(sides: Sequence[Side], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(5.2 * len(sides), 5.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(sides), 5.6), dpi=100, layout="constrained")
     grid: Any = figure.subplots(2, len(sides), sharex=True, squeeze=False)
     for side, upper, lower in zip(sides, grid[0], grid[1], strict=True):
         numbers = range(1, side.steps + 1)

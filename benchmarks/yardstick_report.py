@@ -152,7 +152,7 @@ def _draw(arms: Sequence[Arm], path: Path) -> bool:
         return False
     from pennyweight.report.plot import smoothed
 
-    figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(8, 4.2), dpi=100, layout="constrained")
     axes = figure.subplots()
     for arm in arms:
         first = arm is next(other for other in arms if other["method"] == arm["method"])
