@@ -49,7 +49,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A decoder's sizes. `activation` is transformers' name; `gated` means gate * up (SwiGLU)."""
+    """A decoder's sizes. `activation` is transformers' name; `gated` means gate * up (SwiGLU);
+    `softcap` that attention bounds its scores (Gemma 2)."""
 
     name: str
     parameters: tuple[Parameter, ...]
@@ -63,6 +64,7 @@ class Shapes:
     max_positions: int
     gated: bool = True
     activation: str = "silu"
+    softcap: bool = False
 
     @cached_property
     def count(self) -> int:

@@ -13,6 +13,7 @@ from pennyweight.config import RunConfig
 from pennyweight.errors import ConfigError
 from pennyweight.plan.cost import Cost, Disk, cost, disk
 from pennyweight.plan.devices import DEVICES, Device, named_device, parse_memory
+from pennyweight.plan.guess import guess_rows
 from pennyweight.plan.memory import Moment, Part, parts, peak
 from pennyweight.plan.outline import shapes_of
 from pennyweight.plan.search import Fit, chosen_policy, largest_fit, mends, sized
@@ -107,8 +108,8 @@ def plan(
 ) -> Plan:
     """Predict the run that `config` describes, on a device (this machine's by default).
 
-    `budget_bytes` replaces the device's memory; `rows` says how much data there is, without
-    which steps and time are known only where `train.max_steps` is set.
+    `budget_bytes` replaces the device's memory. `rows` says how much data there is; without it,
+    it is guessed from local files, and else steps are known only by `train.max_steps`.
     """
     setting, budget = _setting(config, shapes, device, budget_bytes, rows)
     policy = chosen_policy(setting, budget)
@@ -143,7 +144,7 @@ def plan(
         peak_after_changes=after,
         cost=cost(setting, policy),
         disk=disk(setting),
-        rows=rows,
+        rows=setting.rows,
     )
 
 
@@ -192,4 +193,6 @@ def _setting(
         shapes = shapes_of(config.base.model)
     if budget_bytes is not None:
         device = replace(device, memory_bytes=budget_bytes)
+    if rows is None:
+        rows = guess_rows(config.data, shapes.vocab)
     return Setting(config, shapes, device, rows), device.memory_bytes

@@ -29,7 +29,7 @@ __all__ = [
 
 _OUTPUT_LEAVES = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "wo", "w2")
 # Tensors as wide as the feed-forward that the activation keeps, by how transformers writes it.
-_KEPT_BY_ACTIVATION = {"gelu_new": 5, "gelu_fast": 5, "gelu_pytorch_tanh": 1, "relu": 1}
+_KEPT_BY_ACTIVATION = {"gelu_new": 4, "gelu_fast": 4, "gelu_pytorch_tanh": 1, "relu": 1}
 
 
 def layer_bytes(setting: Setting, index: int = 0) -> float:
@@ -39,7 +39,7 @@ def layer_bytes(setting: Setting, index: int = 0) -> float:
     return (
         _norms(setting, parameters)
         + _inputs(setting, parameters)
-        + _attention(setting)
+        + _attention(setting, parameters)
         + _feed_forward(setting, shapes.intermediate)
     )
 
@@ -93,8 +93,13 @@ def _norms(setting: Setting, parameters: Iterable[Parameter]) -> float:
         if norm.kind != "norm" or norm.name.endswith(".bias"):
             continue
         width, groups = norm.shape[0], 1
-        if width != shapes.hidden and width == shapes.head_dim:  # per head: q_norm, k_norm
-            groups = shapes.kv_heads if "k_norm" in norm.name else shapes.heads
+        if (
+            width != shapes.hidden
+            and width == shapes.head_dim
+            and _leaf(norm.module).isidentifier()
+        ):
+            # one for all heads of the queries or keys (Qwen3), not one a head (StableLM 2 12B)
+            groups = shapes.kv_heads if _leaf(norm.module).startswith("k") else shapes.heads
         if norm.module in biased:
             kept += groups * (width * size + 8)
         else:
@@ -125,13 +130,21 @@ def _inputs(setting: Setting, parameters: Iterable[Parameter]) -> float:
     return kept
 
 
-def _attention(setting: Setting) -> float:
-    """q, k, v, output and log-sum-exp; the output of one document is also `o_proj`'s input."""
+def _attention(setting: Setting, parameters: Iterable[Parameter]) -> float:
+    """q, k, v, output and log-sum-exp; the output of one document is also `o_proj`'s input.
+
+    Attention that is written out keeps each score it softened, in float32, and once more
+    before its cap.
+    """
     shapes, size = setting.shapes, setting.product_bytes
     across = shapes.heads * shapes.head_dim
-    kept = (across + 2 * shapes.kv_heads * shapes.head_dim) * size + 4 * shapes.heads
-    if setting.config.base.attention == "eager":
-        return kept + 8 * shapes.heads * setting.document  # scores and weights, float32
+    kept = float((across + 2 * shapes.kv_heads * shapes.head_dim) * size + 4 * shapes.heads)
+    if any("qkv" in _leaf(p.module) and p.kind == "linear" for p in parameters):
+        kept += (across + shapes.kv_heads * shapes.head_dim) * size  # v is a view of the three
+    if shapes.softcap or setting.config.base.attention == "eager":
+        # 256 queries at a time see the keys up to the last of them
+        seen = min(float(setting.longest), (setting.longest + 256) / 2)
+        kept += seen * (4 * shapes.heads * (2 if shapes.softcap else 1) + 1)
     adapted = setting.full or any(_leaf(n) in _OUTPUT_LEAVES for n in setting.ranks)
     if _one_document(setting) and adapted:
         return kept

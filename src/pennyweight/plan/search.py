@@ -63,7 +63,7 @@ def mends(setting: Setting, budget_bytes: int) -> tuple[tuple[str, ...], int] | 
 
 def largest_fit(setting: Setting, budget_bytes: int) -> Fit | None:
     """Longest sequence, then fastest policy, then largest batch that the budget holds."""
-    limit = setting.rows.longest if setting.rows else setting.shapes.max_positions
+    limit = setting.counted.longest if setting.counted else setting.shapes.max_positions
     limit = min(limit, setting.shapes.max_positions)
 
     def fits(batch: int, policy: Recompute, length: int) -> bool:
@@ -75,7 +75,7 @@ def largest_fit(setting: Setting, budget_bytes: int) -> Fit | None:
         return None
     length = length if length == limit or length < 64 else length // 64 * 64
     policy = next(p for p in RUNNABLE if longest[p] >= length)
-    most_rows = max(1, setting.rows.tokens // length) if setting.rows else 4096
+    most_rows = max(1, setting.counted.tokens // length) if setting.counted else 4096
     batch = _most(most_rows, lambda n: fits(n, policy, length))
     chosen = sized(setting, length, batch)
     return Fit(

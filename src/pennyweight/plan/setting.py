@@ -166,10 +166,15 @@ class Setting:
         return self.shapes.count if self.full else self.adapter_elements
 
     @property
+    def counted(self) -> DataSize | None:
+        """The data if it was counted; memory never trusts a guess."""
+        return self.rows if self.rows and self.rows.exact else None
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row the model will see."""
         limit = self.config.data.max_length
-        return min(limit, self.rows.longest) if self.rows else limit
+        return min(limit, self.counted.longest) if self.counted else limit
 
     @property
     def document(self) -> float:
@@ -186,7 +191,7 @@ class Setting:
             most = max(self.longest, train.tokens_per_step // train.gradient_accumulation_steps)
         else:
             most = train.batch_size * data.max_length
-        return max(self.longest, min(most, self.rows.tokens)) if self.rows else most
+        return max(self.longest, min(most, self.counted.tokens)) if self.counted else most
 
     @property
     def step_tokens(self) -> float:

@@ -1,0 +1,112 @@
+"""The counts of kept bytes against the tensors that autograd really keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pennyweight.lora import attach
+from pennyweight.model import load_base, shapes
+from pennyweight.plan.activations import kept_bytes, layer_bytes, rebuilt_bytes
+from pennyweight.plan.setting import Setting
+from pennyweight.shapes import Shapes, dense_shapes
+from pennyweight.train.memory import saved_bytes
+from tests.plan.conftest import CPU, run_config
+
+SMALL = {"layers": 4, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 320}
+
+
+def kept(config: Any, documents: int = 1) -> int:
+    """Bytes autograd keeps of one pass over the config's whole micro-batch."""
+    full = config.train.method == "full"
+    base = load_base(config.base, trainable=full)
+    if not full:
+        attach(base, config.adapter, seed=0)
+    each = config.data.max_length
+    tokens = each * documents
+    held = [*base.module.parameters(), *base.module.buffers()]
+    offsets = tuple(range(0, tokens + 1, each))
+    names = (None if full else "default",) * documents
+    seed = 1 if config.adapter.lora_dropout else None
+    with base.route.over(offsets, names, dropout_seed=seed):
+        ids = torch.randint(0, 256, (tokens,))
+        positions = torch.arange(each).repeat(documents)
+        return saved_bytes(lambda: base.hidden(ids, positions), besides=held)
+
+
+def counted(config: Any, model: Shapes) -> float:
+    setting = Setting(config, model, CPU)
+    return kept_bytes(setting, "none") * setting.micro_tokens
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"documents": 4},
+        {"dtype": "bfloat16"},
+        {"lora_dropout": 0.1},
+        {"target_modules": "attention"},
+        {"target_modules": "mlp"},
+        {"target_modules": ("q_proj", "v_proj"), "r": 32},
+        {"method": "lora"},
+        {"method": "full"},
+    ],
+    ids=str,
+)
+def test_kept_bytes_are_autograds(sized_model: Any, case: dict[str, Any]) -> None:
+    model = sized_model(**SMALL)
+    config = run_config(model.folder, **case)
+    measured = kept(config, config.train.batch_size)
+    assert counted(config, model.shapes) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"hidden": 64, "intermediate": 64, "heads": 8, "kv_heads": 8, "layers": 3},
+        {"hidden": 96, "intermediate": 512, "heads": 6, "kv_heads": 1, "layers": 3},
+    ],
+    ids=str,
+)
+def test_kept_bytes_follow_the_shape(sized_model: Any, numbers: dict[str, int]) -> None:
+    model = sized_model(**{**SMALL, **numbers})
+    config = run_config(model.folder)
+    assert counted(config, model.shapes) == pytest.approx(kept(config), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", "stablelm", "stablelm_12b", "gemma2", "gemma3", "gpt2"]
+)
+def test_kept_bytes_of_other_families(tiny_model_folder: Any, family: str) -> None:
+    folder = tiny_model_folder(family)
+    config = run_config(folder, tokens=128, r=4)
+    assert counted(config, shapes(str(folder))) == pytest.approx(kept(config), rel=0.1)
+
+
+def test_sixteen_bit_full_fine_tuning_keeps_casts(sized_model: Any) -> None:
+    """Its weights' 16-bit copies are a part of their own in the plan."""
+    model = sized_model(**SMALL)
+    config = run_config(model.folder, method="full", dtype="bfloat16")
+    copies = 2 * sum(p.elements for p in model.shapes.linears)
+    assert counted(config, model.shapes) + copies == pytest.approx(kept(config), rel=0.05)
+
+
+def test_one_layer_of_llama_by_hand() -> None:
+    """hidden 8, feed-forward 16, 2 heads of 4, rank 3, float32, one document:
+    norm inputs 2*8 + 2 scales, adapter inputs 8 (q, k, v) + 8 (gate, up), attention 8+8+8+8 + 2,
+    feed-forward 3*16 + 16, A(x) 7*3."""
+    model = dense_shapes("x", layers=1, hidden=8, intermediate=16, heads=2, vocab=10)
+    setting = Setting(run_config(tokens=64, r=3), model, CPU)
+    numbers = (2 * 8 + 2) + (8 + 8) + (4 * 8 + 2) + 4 * 16 + 7 * 3
+    assert layer_bytes(setting) == 4 * numbers
+
+
+def test_policies_keep_less_in_turn() -> None:
+    model = dense_shapes("x", layers=8, hidden=64, intermediate=256, heads=4, vocab=10)
+    setting = Setting(run_config(tokens=64), model, CPU)
+    sizes = [kept_bytes(setting, p) for p in ("none", "minimal", "full", "offloaded")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert rebuilt_bytes(setting, "none") == 0 < rebuilt_bytes(setting, "full")
