@@ -43,7 +43,12 @@ def assert_equals_oracle(weight: torch.Tensor, bnb: ModuleType, **how: Any) -> Q
     # One long row: bitsandbytes 0.50.2 takes wrong scales on AVX-512 where rows end inside a block.
     state.shape = torch.Size([weight.numel()])
     values = bnb.dequantize_4bit(codes, state).reshape(weight.shape)
-    assert torch.equal(dequantize_4bit(ours), values)
+    expected = dequantize_4bit(ours)
+    if weight.dtype == torch.bfloat16:
+        # The AVX512-BF16 conversion that bitsandbytes uses takes subnormal float32 for zero.
+        subnormal = dequantize_4bit(ours, torch.float32).abs() < torch.finfo(torch.float32).tiny
+        expected = torch.where(subnormal & (values == 0), 0.0, expected)
+    assert torch.equal(expected, values)
     return ours
 
 
