@@ -2,7 +2,7 @@
 
 The tolerance is 2e-5 of the largest logit. In float32 each product of the tiny models sums up to
 64 terms and rounds at 6e-8; W x + B(A x) and (W + B A) x round in different places, some twenty
-times over two layers, norms and the head, and differences grow through the softmax: 1e-6 of the
+times over two layers, norms and the head, and differences grow through the softmax: 2e-6 of the
 largest logit is what is seen, 2e-5 leaves room for other processors. A forgotten scaling, a
 transposed factor or a wrong module is beyond 1e-2.
 """

@@ -57,6 +57,7 @@ MADE_HERE: dict[str, tuple[str, dict[str, Any]]] = {
     "tied head and embedding": ("qwen2", {"modules_to_save": ("embed_tokens",)}),
     "head and embedding": ("llama", {"modules_to_save": ("embed_tokens", "lm_head")}),
     "norm": ("mistral", {"modules_to_save": ("norm",)}),
+    "norm with a bias": ("gpt2", {"modules_to_save": ("ln_f",)}),
 }
 
 # The same asked of PEFT.
@@ -268,11 +269,26 @@ def test_what_the_file_carries_along_must_be_the_bases_own(tiny_model_folder, tm
     model = quiet(peft.get_peft_model, theirs_of(folder), config)
     quiet(model.save_pretrained, tmp_path / "a")
     adapter = Adapter.load(tmp_path / "a")
-    assert set(adapter.along) == {"lm_head"}
+    assert set(adapter.along) == {"lm_head.weight"}
     attach(base_of(folder), adapter)
     other = base_of(build_model_folder("llama", tmp_path / "m", seed=1))
-    with pytest.raises(AdapterError, match="carries the base's own weight"):
+    with pytest.raises(AdapterError, match="carries it along"):
         attach(other, adapter)
+
+
+def test_a_bias_that_peft_trained_is_refused_by_name(tiny_model_folder, tmp_path):
+    """Of a module trained whole PEFT trains the bias too; here only the weight has a place."""
+    folder = tiny_model_folder("gpt2")
+    config = peft.LoraConfig(
+        r=2, target_modules=["c_fc"], modules_to_save=["ln_f"], fan_in_fan_out=True
+    )
+    model = quiet(peft.get_peft_model, theirs_of(folder), config)
+    quiet(model.save_pretrained, tmp_path / "same")
+    attach(base_of(folder), Adapter.load(tmp_path / "same"))
+    shake({n: p for n, p in model.named_parameters() if p.requires_grad})
+    quiet(model.save_pretrained, tmp_path / "other")
+    with pytest.raises(AdapterError, match=r"ln_f\.bias"):
+        attach(base_of(folder), Adapter.load(tmp_path / "other"))
 
 
 def test_the_card_is_valid_and_names_the_base(tiny_llama_folder, tmp_path):

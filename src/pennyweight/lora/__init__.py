@@ -5,12 +5,12 @@ from pennyweight.lora.binding import (
     adapter_of,
     attach,
     attached,
-    check_fit,
     check_name,
     described,
     detach,
     trained_parameters,
 )
+from pennyweight.lora.fit import check_fit
 from pennyweight.lora.layer import LoraLinear, lora_delta
 
 __all__ = [

@@ -14,7 +14,6 @@ from pennyweight.config import LoraConfig
 from pennyweight.errors import AdapterError
 from pennyweight.lora.card import card as card_of
 from pennyweight.lora.peft_layout import (
-    ALONG,
     SETTINGS,
     TENSORS,
     config_from,
@@ -42,8 +41,8 @@ class Adapter:
     """Factors A `[r, in]` and B `[out, r]` by module, and whole trained weights by module.
 
     `base_fingerprint` is None for adapters made elsewhere, which do not carry one; `notes` says
-    what was passed over while reading. `along` holds weights of the base itself, by module, that
-    were saved with the adapter; the base it is put beside must have the same.
+    what was passed over while reading. `along` holds values of the base itself, by parameter,
+    that are saved with the adapter; the base it is put beside must have the same.
     """
 
     config: LoraConfig
@@ -78,7 +77,7 @@ class Adapter:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / TENSORS, tensors_of(self.factors, self.saved))
+        write_tensors(folder / TENSORS, tensors_of(self.factors, self.saved, self.along))
         ours = {
             "format": 1,
             "base": {"name": self.base_name, "fingerprint": self.base_fingerprint},
@@ -103,7 +102,7 @@ class Adapter:
         folder = Path(folder)
         settings = read_json(folder / SETTINGS, f"{folder}: not an adapter; it has no {SETTINGS}")
         config, faults, notes = config_from(settings, folder / SETTINGS)
-        factors, saved, tensor_faults = read_tensors(folder)
+        factors, saved, along, tensor_faults = read_tensors(folder)
         faults += tensor_faults
         if config is not None:
             found = (rank_fault(path, pair, config) for path, pair in factors.items())
@@ -115,7 +114,6 @@ class Adapter:
         ratio = ours.get("loraplus_lr_ratio")
         if isinstance(ratio, int | float) and ratio > 0:
             config = config.model_copy(update={"loraplus_lr_ratio": float(ratio)})
-        along = {path: saved.pop(path) for path in list(saved) if path.endswith(ALONG)}
         return cls(
             config=config,
             factors=factors,
@@ -124,7 +122,7 @@ class Adapter:
             base_fingerprint=base.get("fingerprint"),
             about={k: v for k, v in ours.items() if k not in KEPT_APART} | narrowing(settings),
             notes=(*notes, *_idle_targets(config, factors, narrowing(settings))),
-            along={path.removesuffix(ALONG): weight for path, weight in along.items()},
+            along=along,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +17,21 @@ from torch import Tensor, nn
 from pennyweight.config import LoraConfig
 from pennyweight.errors import AdapterError
 from pennyweight.lora.adapter import Adapter
+from pennyweight.lora.fit import Resident, check_fit, head_path, plain, shape_of
 from pennyweight.lora.layer import (
     AdaptedModule,
     CopiedWeight,
     LoraFactors,
     LoraLinear,
     TrainedCopy,
-    linear_shape,
     stable_seed,
 )
-from pennyweight.lora.peft_layout import targeted
 from pennyweight.lora.targets import linear_modules, rank_of, target_names, targets
-from pennyweight.route import Route
 
 __all__ = [
-    "Resident",
     "adapter_of",
     "attach",
     "attached",
-    "check_fit",
     "check_name",
     "described",
     "detach",
@@ -43,16 +39,6 @@ __all__ = [
 ]
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-
-
-@runtime_checkable
-class Resident(Protocol):
-    """What an adapter stands beside: a base model with its route and identity."""
-
-    module: Any
-    route: Route
-    name: str
-    fingerprint: str
 
 
 def check_name(name: str) -> str:
@@ -126,6 +112,7 @@ def adapter_of(base: Resident, name: str, config: LoraConfig) -> Adapter:
     """The attached adapter as a value; its tensors are the live masters, not copies."""
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     saved: dict[str, Tensor] = {}
+    along: dict[str, Tensor] = {}
     for path, layer in base.module.named_modules():
         if isinstance(layer, AdaptedModule) and name in layer:
             inner = layer.of(name)
@@ -133,11 +120,20 @@ def adapter_of(base: Resident, name: str, config: LoraConfig) -> Adapter:
                 factors[path] = (inner.lora_A, inner.lora_B)
             else:
                 saved[path] = cast(Tensor, inner.weight)
+                bias = getattr(layer.base_layer, "bias", None)
+                along |= {f"{path}.bias": bias} if isinstance(bias, Tensor) else {}
     if not factors and not saved:
         raise AdapterError(
             f"no adapter named {name!r} is attached; attached are: {', '.join(attached(base)) or 'none'}"
         )
-    return Adapter(config, factors, saved, base_name=base.name, base_fingerprint=base.fingerprint)
+    return Adapter(
+        config,
+        factors,
+        saved,
+        base_name=base.name,
+        base_fingerprint=base.fingerprint,
+        along=along,
+    )
 
 
 def trained_parameters(base: Resident, name: str) -> dict[str, nn.Parameter]:
@@ -157,8 +153,8 @@ def _fresh(base: Resident, config: LoraConfig, seed: int) -> Adapter:
     layers = linear_modules(base.module)
     device = next(base.module.parameters()).device
     factors = {}
-    for path in targets(layers, config.target_modules, head=_head_path(base)):
-        d_out, d_in = _shape(layers[path])
+    for path in targets(layers, config.target_modules, head=head_path(base)):
+        d_out, d_in = shape_of(layers[path])
         made = LoraFactors.fresh(
             d_in,
             d_out,
@@ -176,80 +172,12 @@ def _fresh(base: Resident, config: LoraConfig, seed: int) -> Adapter:
     return Adapter(config, factors, saved, base_name=base.name, base_fingerprint=base.fingerprint)
 
 
-def check_fit(base: Resident, adapter: Adapter) -> None:
-    """Refuse with one AdapterError that names every fault what does not fit this base."""
-    layers = linear_modules(base.module)
-    modules = dict(base.module.named_modules())
-    faults = []
-    if adapter.base_fingerprint and adapter.base_fingerprint != base.fingerprint:
-        faults.append(
-            f"the adapter was trained beside {adapter.base_name or 'another base'} "
-            f"(fingerprint {adapter.base_fingerprint[:12]}), this base is {base.name} "
-            f"({base.fingerprint[:12]}): load the base it was trained beside"
-        )
-    for path, (a, b) in adapter.factors.items():
-        if path not in layers:
-            faults.append(
-                f"the adapter has factors for {path}, which is no linear module of this base"
-            )
-        elif (b.shape[0], a.shape[1]) != _shape(layers[path]):
-            d_out, d_in = _shape(layers[path])
-            faults.append(
-                f"{path}: the adapter maps {a.shape[1]} to {b.shape[0]}, the base's layer {d_in} to {d_out}"
-            )
-    faults += [
-        f"{p}: the config targets it, the file has no factors for it"
-        for p in _unfilled(base, adapter, layers)
-    ]
-    for path, weight in adapter.saved.items():
-        if not hasattr(modules.get(path), "weight"):
-            faults.append(
-                f"the adapter has a trained copy of {path}, which this base does not have"
-            )
-        elif tuple(weight.shape) != tuple(modules[path].weight.shape):
-            faults.append(
-                f"{path}: trained copy {tuple(weight.shape)}, base {tuple(modules[path].weight.shape)}"
-            )
-    faults += [
-        f"{path}: the adapter's file carries the base's own weight, and this base has another"
-        for path, weight in adapter.along.items()
-        if not _holds(modules.get(path), weight)
-    ]
-    faults += [
-        f"{path}: one adapter trains it whole, another by factors; choose one way"
-        for path in (*adapter.factors, *adapter.saved)
-        if isinstance(modules.get(path), TrainedCopy if path in adapter.factors else LoraLinear)
-    ]
-    if faults:
-        raise AdapterError.all(faults[:20])
-
-
-def _holds(module: nn.Module | None, weight: Tensor) -> bool:
-    """Whether the module's weight is this one, in the module's type."""
-    own = getattr(module, "weight", None)
-    if not isinstance(own, Tensor) or own.shape != weight.shape:
-        return False
-    return torch.equal(own.cpu(), weight.to(own.dtype))
-
-
-def _unfilled(base: Resident, adapter: Adapter, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Modules the adapter's own target list means, without factors in it."""
-    spec = adapter.config.target_modules
-    wanted: tuple[str, ...]
-    if isinstance(spec, str):
-        wanted = targets(layers, spec, head=_head_path(base))
-        wanted = tuple(n for n in wanted if targeted(n, (n,), adapter.about))
-    else:
-        wanted = tuple(n for n in layers if targeted(n, spec, adapter.about))
-    return [n for n in wanted if n not in adapter.factors and n not in adapter.saved]
-
-
 def _attach_copies(base: Resident, saved: Mapping[str, Tensor], name: str, trainable: bool) -> None:
     """Full trained copies; copies of tied weights that are equal are one parameter."""
     shared: list[tuple[int, nn.Parameter]] = []
     device = next(base.module.parameters()).device
     for path, weight in saved.items():
-        base_weight = cast(Tensor, _plain(base.module.get_submodule(path)).weight)
+        base_weight = cast(Tensor, plain(base.module.get_submodule(path)).weight)
         value = weight.detach().to(device, torch.float32)
         same = (p for at, p in shared if at == base_weight.data_ptr() and torch.equal(p, value))
         copy = next(same, None)
@@ -294,23 +222,10 @@ def _adapted(base: Resident, path: str, kind: type[AdaptedModule]) -> AdaptedMod
     return wrapped
 
 
-def _plain(layer: nn.Module) -> nn.Module:
-    return layer.base_layer if isinstance(layer, AdaptedModule) else layer
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    return linear_shape(_plain(layer))
-
-
-def _head_path(base: Resident) -> str | None:
-    head = base.module.get_output_embeddings()
-    return next((n for n, m in base.module.named_modules() if m is head), None)
-
-
 def described(adapter: Adapter, base: Resident, **about: Any) -> Adapter:
     """The adapter with what PEFT wants to know of its base: short target names, Conv1D weights, tied copies."""
     layers = linear_modules(base.module)
-    plain = [_plain(layers[p]) for p in adapter.factors]
+    kept = [plain(layers[p]) for p in adapter.factors]
     copies = [id(weight) for weight in adapter.saved.values()]
     return replace(
         adapter,
@@ -318,7 +233,7 @@ def described(adapter: Adapter, base: Resident, **about: Any) -> Adapter:
             **adapter.about,
             "target_names": target_names(list(adapter.factors), list(layers)),
             "fan_in_fan_out": any(
-                type(p).__name__ == "Conv1D" or getattr(p, "fan_in_fan_out", False) for p in plain
+                type(p).__name__ == "Conv1D" or getattr(p, "fan_in_fan_out", False) for p in kept
             ),
             "ensure_weight_tying": len(set(copies)) < len(copies),
             **about,

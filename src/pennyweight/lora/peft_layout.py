@@ -59,7 +59,7 @@ CONVERTED = ("pissa", "olora", "corda", "loftq", "lora")
 # What narrows PEFT's target list; kept beside the adapter as it was found.
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 TYING = "ensure_weight_tying"
-# PEFT writes the base's own embedding or head along when an adapter stands beside it.
+# PEFT writes the base's own embedding or head along when factors stand beside it.
 ALONG = ".base_layer"
 
 
@@ -168,12 +168,13 @@ def targeted(name: str, spec: Iterable[str], about: Mapping[str, Any]) -> bool:
 
 
 def tensors_of(
-    factors: Mapping[str, tuple[Tensor, Tensor]], saved: Mapping[str, Tensor]
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    saved: Mapping[str, Tensor],
+    along: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The content of adapter_model.safetensors; `read_tensors` is the inverse.
 
-    A copy under the name `….base_layer` is the base's own weight, which PEFT writes along with
-    factors on an embedding or head.
+    Of what goes along only biases of modules trained whole are written: PEFT asks for them.
     """
     tensors = {}
     for path, (a, b) in factors.items():
@@ -181,13 +182,16 @@ def tensors_of(
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b.detach().cpu().contiguous()
     for path, weight in saved.items():
         tensors[f"{PREFIX}{path}.weight"] = weight.detach().cpu().clone().contiguous()
+    for name, value in along.items():
+        if name.removesuffix(".bias") in saved:
+            tensors[f"{PREFIX}{name}"] = value.detach().cpu().clone().contiguous()
     return tensors
 
 
 def read_tensors(
     folder: Path,
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], list[str]]:
-    """Factors by module, whole weights by module, and the faults found."""
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Factors by module, whole weights by module, what goes along by parameter, the faults found."""
     path = folder / TENSORS
     if not path.is_file():
         other = folder / "adapter_model.bin"
@@ -199,11 +203,12 @@ def read_tensors(
         raise AdapterError(f"{folder}: no {TENSORS}{why}")
     halves: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
+    along: dict[str, Tensor] = {}
     faults: list[str] = []
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                _place(key, file.get_tensor(key), halves, saved, faults)
+                _place(key, file.get_tensor(key), halves, (saved, along), faults)
     except (SafetensorError, OSError) as fault:
         raise AdapterError(f"{path}: not a whole safetensors file ({fault})") from fault
     for module, half in halves.items():
@@ -214,16 +219,19 @@ def read_tensors(
     pairs = {m: (h["A"], h["B"]) for m, h in halves.items() if len(h) == 2}
     if not pairs and not saved and not faults:
         faults.append(f"{path}: holds no factors at all")
-    return pairs, saved, faults
+    return pairs, saved, along, faults
 
 
 def _place(
     key: str,
     tensor: Tensor,
     halves: dict[str, dict[str, Tensor]],
-    saved: dict[str, Tensor],
+    whole: tuple[dict[str, Tensor], dict[str, Tensor]],
     faults: list[str],
 ) -> None:
+    saved, along = whole
+    name = key.removeprefix(PREFIX).replace(".modules_to_save", "")
+    known = key.startswith(PREFIX) and "lora_" not in key
     match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight", key)
     if not tensor.is_floating_point():
         faults.append(f"{key}: holds {tensor.dtype}, factors are floating point")
@@ -231,9 +239,10 @@ def _place(
         faults.append(f"{key}: holds NaN or infinity")
     elif match:
         halves.setdefault(match[1], {})[match[2]] = tensor
-    elif key.startswith(PREFIX) and key.endswith(".weight") and "lora_" not in key:
-        path = key.removeprefix(PREFIX).removesuffix(".weight")
-        saved[path.replace(".modules_to_save", "")] = tensor
+    elif known and name.endswith((f"{ALONG}.weight", ".bias")):
+        along[name.replace(ALONG, "")] = tensor
+    elif known and name.endswith(".weight"):
+        saved[name.removesuffix(".weight")] = tensor
     else:
         faults.append(f"{key}: a tensor with no place in a LoRA adapter")
 
