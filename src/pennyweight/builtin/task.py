@@ -172,11 +172,15 @@ def functions(path: Path) -> Iterator[Function]:
 
 def _definitions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """All definitions under a node, at any depth of statements, in order of their lines."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield child
-        if not isinstance(child, ast.expr | ast.arguments):
-            yield from _definitions(child)
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        below = [
+            n for n in ast.iter_child_nodes(node) if not isinstance(n, ast.expr | ast.arguments)
+        ]
+        waiting += reversed(below)
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, Any]:
