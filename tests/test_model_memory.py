@@ -49,5 +49,6 @@ def test_peak_memory_of_loading(tmp_path, tiny_tokenizer):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    # 4.127 bits of 32 is 13 %; the rest is one weight in the making, its temporaries and the heap.
-    assert int(done.stdout) < 0.45 * full_bytes
+    # 4.127 bits of 32 is 13 %; the rest is one weight in the making, its temporaries, and what the
+    # heap and transformers' own machinery take, some 50 MB whatever the model.
+    assert int(done.stdout) < 0.6 * full_bytes

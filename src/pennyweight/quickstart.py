@@ -22,6 +22,20 @@ __all__ = ["quickstart", "quickstart_config"]
 
 QUESTIONS = 3
 SAME_LOGITS = 1e-2
+TOLD = frozenset(
+    {
+        "linear weights",
+        "embeddings, head, norms",
+        "adapter",
+        "optimizer",
+        "activations",
+        "loss",
+        "process",
+        "peak",
+        "trained parameters",
+        "training time",
+    }
+)
 
 
 def quickstart_config(output_dir: str = "runs/quickstart") -> RunConfig:
@@ -55,7 +69,11 @@ def quickstart(
     config = config or quickstart_config(output_dir)
     merged = Path(output_dir) / "merged"
     _heading(say, "What it will take")
-    say(plan(config).sentence())
+    predicted = plan(config)
+    for what, size, remark in predicted.table_rows():
+        if what in TOLD:
+            say(f"{what:<24}{size:>10}  {remark}")
+    say(predicted.sentence())
     _heading(say, "A row as it is trained: only what stands between the brackets")
     seen = look(config, rows=1)
     for shown in seen.shown:

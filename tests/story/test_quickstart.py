@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from pennyweight.config import RunConfig
 from pennyweight.quickstart import quickstart, quickstart_config
 
 
 def test_the_story_is_told_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
-    whole = quickstart_config(str(tmp_path / "run")).model_dump()
-    whole["train"] |= {"max_steps": 2, "tokens_per_step": 512, "warmup_steps": 1, "eval_steps": 2}
-    whole["evaluate"] |= {"max_rows": 4, "generate_rows": 4, "max_new_tokens": 16}
-    lines: list[str] = []
-    figures = quickstart(
-        str(tmp_path / "run"), lines.append, config=RunConfig.model_validate(whole)
+    whole = quickstart_config(str(tmp_path / "run"))
+    short = {"max_steps": 2, "tokens_per_step": 512, "warmup_steps": 1, "eval_steps": 2}
+    few = {"max_rows": 4, "generate_rows": 4, "max_new_tokens": 16}
+    whole = whole.model_copy(
+        update={
+            "train": whole.train.model_copy(update=short),
+            "evaluate": whole.evaluate.model_copy(update=few),
+        }
     )
+    lines: list[str] = []
+    figures = quickstart(str(tmp_path / "run"), lines.append, config=whole)
     told = "\n".join(lines)
     for part in ("What it will take", "⟦", "base:", "adapter:", "Merged", "pennyweight init"):
         assert part in told

@@ -14,6 +14,7 @@ import sysconfig
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,21 +100,7 @@ def rows(split: Literal["train", "eval"]) -> Iterator[dict[str, Any]]:
     """
     if split not in ("train", "eval"):
         raise DataError(f'split "{split}" is unknown; use "train" or "eval"')
-    seen: set[str] = set()
-    found = []
-    # Training modules first: a held-out function that also stands in one of them is dropped.
-    for held_out in (False, True):
-        for path in modules(held_out=held_out):
-            for function in functions(path):
-                if function.source in seen:
-                    continue
-                seen.add(function.source)
-                if held_out == (split == "eval"):
-                    found.append(function)
-        if split == "train":
-            break
-    # Ordered by digest, so that the first N rows are a fair sample of all modules.
-    for function in sorted(found, key=lambda f: hashlib.sha256(f.source.encode()).digest()):
+    for function in _splits(_stdlib())[split]:
         yield {
             "messages": [
                 {"role": "user", "content": f"{INSTRUCTION}\n\n{function.source}"},
@@ -121,6 +108,25 @@ def rows(split: Literal["train", "eval"]) -> Iterator[dict[str, Any]]:
             ],
             "source": function.where,
         }
+
+
+@cache
+def _splits(library: Path) -> dict[str, tuple[Function, ...]]:
+    """Both splits of this library, each ordered by digest, so that its first N rows are a fair sample of all
+    modules. The library is parsed once a process: it takes some seconds."""
+    seen: set[str] = set()
+    found: dict[str, list[Function]] = {"train": [], "eval": []}
+    # Training modules first: a held-out function that also stands in one of them is dropped.
+    for split, held_out in (("train", False), ("eval", True)):
+        for path in modules(held_out=held_out):
+            for function in functions(path):
+                if function.source not in seen:
+                    seen.add(function.source)
+                    found[split].append(function)
+    return {
+        split: tuple(sorted(several, key=lambda f: hashlib.sha256(f.source.encode()).digest()))
+        for split, several in found.items()
+    }
 
 
 def is_correct(answer: str, expected: str) -> bool:

@@ -26,7 +26,7 @@ CHUNK_BYTES_DEVICE = 512 * MIB
 _KEPT_BY_GLIBC = 0.7
 # Resident before a model is: interpreter, torch, transformers (measured on Linux); context and
 # cuBLAS workspaces on a card.
-PROCESS_BYTES = {"cpu": 480 * MIB, "cuda": 600 * MIB, "mps": 480 * MIB}
+PROCESS_BYTES = {"cpu": 400 * MIB, "cuda": 600 * MIB, "mps": 400 * MIB}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +110,11 @@ def _trained(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
     moments: tuple[Moment, ...] = ("step",)
     if setting.config.train.gradient_accumulation_steps > 1:
         moments = TRAINING
-    elif policy != "none":
-        moments = ("backward", "step")
     rows.append(Part("gradients", 4 * trained, "float32", moments))
     rows.append(Part("optimizer", 8 * trained, "AdamW's two moments, float32", TRAINING))
+    if policy != "none" and moments == ("step",):
+        done = 1 - 1 / setting.shapes.layers  # when the first layer is recomputed
+        rows.append(Part("gradients so far", int(4 * trained * done), "float32", ("backward",)))
     if setting.full and moments == ("step",):
         head = 4 * setting.shapes.head_elements
         rows.append(Part("head gradient", head, "made with the loss", PASS))

@@ -1,40 +1,31 @@
-"""The front page: a run's description in, an adapter (or a whole tuned model) out.
-
-`finetune` is the way of one run; every stop is a line or two here and a room elsewhere. The same
-description again resumes: all that the run needs to go on stands in its output folder.
-"""
+"""One run under way: what learns, where it stands, what was best, and what it came to."""
 
 from __future__ import annotations
 
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pennyweight.config import RunConfig, resolve
+from pennyweight.config import RunConfig
 from pennyweight.data.batch import Batch, collate, order
-from pennyweight.data.prepare import Prepared, prepare
-from pennyweight.data.preview import Shown, draw, preview
-from pennyweight.errors import ConfigError, Interrupted
+from pennyweight.data.prepare import Prepared
+from pennyweight.errors import ConfigError
 from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, paired, read_by
 from pennyweight.lora import attach, trained_parameters
-from pennyweight.model import BaseModel, load_base, load_tokenizer, stop_ids
+from pennyweight.model import BaseModel
 from pennyweight.optim import adamw, lr_at
-from pennyweight.plan import DataSize, Plan, plan
+from pennyweight.plan import DataSize, Plan
 from pennyweight.report import Report, plot_losses, read_events
 from pennyweight.runs import RunFolder, adapter_slot
 from pennyweight.train import (
     CheckpointState,
-    RunLock,
     Step,
-    StopRequest,
     Trainee,
-    enable_checkpointing,
     load_latest,
     load_step,
     peak_memory_bytes,
@@ -44,11 +35,9 @@ from pennyweight.train import (
     restore_random,
     retire,
     save,
-    tidy,
-    train,
 )
 
-__all__ = ["RunResult", "Seen", "finetune", "look"]
+__all__ = ["Run", "RunResult", "stop_id", "versions"]
 
 # Settings that may change between a run and its resumption: they do not touch what is learned.
 FREE_TO_CHANGE = frozenset(
@@ -85,82 +74,7 @@ class RunResult:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def finetune(
-    config: RunConfig,
-    *,
-    origin: Mapping[str, str] | None = None,
-    text: str | None = None,
-) -> RunResult:
-    """Train what `config` describes; everything it makes is in `config.output_dir`.
-
-    `origin` and `text` (where each value came from, the YAML as written) are kept beside the
-    result. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
-    """
-    config = resolve(config)
-    folder = RunFolder(Path(config.output_dir))
-    with RunLock(folder.path), StopRequest() as stop:
-        tidy(folder.checkpoints)
-        base = load_base(config.base, trainable=config.train.method == "full")
-        data = prepare(config.data, base.tokenizer, seed=config.seed, stop_id=_stop_id(base))
-        predicted = plan(config, rows=_size(data))
-        if predicted.recompute != "none" or config.train.gradient_checkpointing is True:
-            enable_checkpointing(base)
-        with _Run(config, folder, base, data) as run:
-            resumed = run.resume()
-            folder.describe(config, origin=origin, text=text)
-            data.ledger.write(folder.ledger)
-            folder.keep_held_out(data, config.evaluate.max_rows)
-            run.introduce(predicted, resumed)
-            for step in train(
-                run.trainee,
-                run.micro_batches,
-                run.collated,
-                total_steps=run.total_steps,
-                accumulation=config.train.gradient_accumulation_steps,
-                stop=lambda: stop() or run.stopped_early,
-            ):
-                run.after(step)
-            if stop() and run.trainee.step < run.total_steps and not run.stopped_early:
-                run.save()
-                raise Interrupted(
-                    f"{stop()} after step {run.trainee.step} of {run.total_steps}: everything is "
-                    "saved, and the same command resumes"
-                )
-            return run.finish(predicted, resumed)
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a run would learn from: rows with their trained parts marked, and the ledger's lines."""
-
-    shown: tuple[Shown, ...]
-    lines: tuple[str, ...]
-    summary: dict[str, Any]
-    rendering: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def look(config: RunConfig, rows: int = 3, *, out: Path | None = None) -> Seen:
-    """Render the data without reading a weight; with `out`, also write its ledger and histogram."""
-    config = resolve(config)
-    tokenizer = load_tokenizer(config.base.model)
-    ends = stop_ids(config.base.model, tokenizer)
-    data = prepare(config.data, tokenizer, seed=config.seed, stop_id=ends[0] if ends else None)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        data.ledger.write(out / "ledger.jsonl")
-        draw(data.ledger, out / "ledger.png", max_length=config.data.max_length)
-    return Seen(
-        shown=tuple(preview(data, rows)),
-        lines=tuple(data.ledger.lines()),
-        summary=data.ledger.summary(),
-        rendering=data.renderer.describe(),
-    )
-
-
-class _Run:
+class Run:
     """One run under way: what learns, where it stands, what was best."""
 
     def __init__(
@@ -188,7 +102,7 @@ class _Run:
         self.notices: list[str] = []
         self.report = Report(folder.path, sinks=config.train.report_to)
 
-    def __enter__(self) -> _Run:
+    def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -384,12 +298,12 @@ class _Run:
         return told
 
 
-def _size(data: Prepared) -> DataSize:
+def data_size(data: Prepared) -> DataSize:
     lengths = data.train.lengths
     return DataSize(rows=len(lengths), tokens=int(sum(lengths)), longest=int(max(lengths)))
 
 
-def _stop_id(base: BaseModel) -> int | None:
+def stop_id(base: BaseModel) -> int | None:
     """What ends a document where the template names nothing: the model's own first stop token."""
     return base.stop_ids[0] if base.stop_ids else None
 

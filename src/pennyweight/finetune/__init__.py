@@ -1,0 +1,66 @@
+"""The front page: a run's description in, an adapter (or a whole tuned model) out.
+
+`finetune` is the way of one run; every stop is a line or two here and a room elsewhere. The same
+description again resumes: all that the run needs to go on stands in its output folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pennyweight.config import RunConfig, resolve
+from pennyweight.data.prepare import prepare
+from pennyweight.errors import Interrupted
+from pennyweight.finetune.seen import Seen, look
+from pennyweight.finetune.underway import Run, RunResult, data_size, stop_id
+from pennyweight.model import load_base
+from pennyweight.plan import plan
+from pennyweight.runs import RunFolder
+from pennyweight.train import RunLock, StopRequest, enable_checkpointing, tidy, train
+
+__all__ = ["RunResult", "Seen", "finetune", "look"]
+
+
+def finetune(
+    config: RunConfig,
+    *,
+    origin: Mapping[str, str] | None = None,
+    text: str | None = None,
+) -> RunResult:
+    """Train what `config` describes; everything it makes is in `config.output_dir`.
+
+    `origin` and `text` (where each value came from, the YAML as written) are kept beside the
+    result. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
+    """
+    config = resolve(config)
+    folder = RunFolder(Path(config.output_dir))
+    with RunLock(folder.path), StopRequest() as stop:
+        tidy(folder.checkpoints)
+        base = load_base(config.base, trainable=config.train.method == "full")
+        data = prepare(config.data, base.tokenizer, seed=config.seed, stop_id=stop_id(base))
+        predicted = plan(config, rows=data_size(data))
+        if predicted.recompute != "none" or config.train.gradient_checkpointing is True:
+            enable_checkpointing(base)
+        with Run(config, folder, base, data) as run:
+            resumed = run.resume()
+            folder.describe(config, origin=origin, text=text)
+            data.ledger.write(folder.ledger)
+            folder.keep_held_out(data, config.evaluate.max_rows)
+            run.introduce(predicted, resumed)
+            for step in train(
+                run.trainee,
+                run.micro_batches,
+                run.collated,
+                total_steps=run.total_steps,
+                accumulation=config.train.gradient_accumulation_steps,
+                stop=lambda: stop() or run.stopped_early,
+            ):
+                run.after(step)
+            if stop() and run.trainee.step < run.total_steps and not run.stopped_early:
+                run.save()
+                raise Interrupted(
+                    f"{stop()} after step {run.trainee.step} of {run.total_steps}: everything is "
+                    "saved, and the same command resumes"
+                )
+            return run.finish(predicted, resumed)
