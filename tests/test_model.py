@@ -103,6 +103,34 @@ def test_published_losses_come_out(shared_data, folder, quantization, double, lo
     assert total / count == pytest.approx(loss, abs=6e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "documents"),
+    [("cs336_v2_sample_loss", 5), ("v1_clean_loss", 300), ("v1_mojibake_loss", 40)],
+)
+def test_golden_losses_come_out(shared_data, name, documents):
+    """Of GOLDEN.json's texts those that stand beside it: BOS, the story, BOS; at most 512 tokens."""
+    stories = shared_data / "text" / "tinystories"
+    if name == "cs336_v2_sample_loss":
+        texts = (stories / "v2_sample_5docs.txt").read_text().split("<|endoftext|>")
+        texts = [text for text in texts if text.strip()]
+    else:
+        every = json.loads((stories / "tinystories_1000.json").read_text())
+        garbled = [any(sign in text for sign in "âÃ") for text in every]
+        texts = [t for t, bad in zip(every, garbled, strict=True) if bad == ("mojibake" in name)]
+    folder = shared_data / "models" / "stories260k"
+    base = load_base(BaseConfig(model=str(folder), quantization="none", device="cpu"))
+    golden = json.loads((folder / "GOLDEN.json").read_text())["measured"][name]
+    total, count = 0.0, 0
+    for text in texts[:documents]:
+        words = base.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([1, *words, 1][:512])
+        total += float(
+            torch.nn.functional.cross_entropy(logits(base, ids)[:-1], ids[1:], reduction="sum")
+        )
+        count += len(ids) - 1
+    assert total / count == pytest.approx(golden, abs=6e-5)
+
+
 def copy_of(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 
 
 def main() -> None:
-    """Load, attach, two steps; high-water marks after each stage, in bytes."""
+    """Load, attach, two steps; what the process holds without tensors, and its peak, in bytes."""
     torch.set_num_threads(1)
     from pennyweight.config import RunConfig
     from pennyweight.data.batch import Batch
@@ -25,7 +26,7 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     config = RunConfig.model_validate(given["config"])
     device = torch.device(config.base.device)
-    marks = {"imported": peak_memory_bytes(torch.device("cpu"))}
+    marks: dict[str, int | None] = {}
     full = config.train.method == "full"
     base = load_base(config.base, trainable=full)
     name = None if full else "default"
@@ -37,7 +38,9 @@ def main() -> None:
     if config.train.gradient_checkpointing is True:
         enable_checkpointing(base)
     trainee = Trainee(base, parameters, adamw(parameters), learning_rate_at=lambda step: 1e-4)
-    marks["loaded"] = peak_memory_bytes(device)
+    held = [*base.module.parameters(), *base.module.buffers()]
+    held += [t for state in trainee.optimizer.state.values() for t in state.values()]
+    marks["process"] = resident() - sum(t.nbytes for t in held)
     tokens, documents = given["tokens"], given["documents"]
     each = tokens // documents
     batch = Batch(
@@ -53,6 +56,12 @@ def main() -> None:
         trainee.optim_step()
     marks["trained"] = peak_memory_bytes(device)
     print(json.dumps(marks))
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    rows = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith("VmRSS:"))
 
 
 if __name__ == "__main__":
