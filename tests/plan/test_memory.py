@@ -134,3 +134,13 @@ def test_accumulation_keeps_gradients_while_logits_stand() -> None:
     for accumulating, moments in ((config.train, ("step",)), (twice, ("loss", "backward", "step"))):
         held = parts(Setting(config.model_copy(update={"train": accumulating}), model, CPU), "none")
         assert next(p for p in held if p.name == "gradients").moments == moments
+
+
+def test_glibc_keeps_freed_blocks_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense_shapes("x", layers=2, hidden=64, intermediate=128, heads=4, vocab=100)
+    setting = Setting(run_config(tokens=64), model, CPU)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    assert "allocator" in {p.name for p in parts(setting, "none")}
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
+    assert "allocator" not in {p.name for p in parts(setting, "none")}

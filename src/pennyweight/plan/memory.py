@@ -63,6 +63,7 @@ def parts(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
             _workspace_note(setting, policy),
             ("backward",),
         ),
+        *_allocator(setting),
         Part(
             "process",
             PROCESS_BYTES[setting.device.kind],
