@@ -52,7 +52,7 @@ def test_the_python_page_runs(in_an_empty_folder):
 
 def test_the_six_commands(in_an_empty_folder, capsys):
     """With the built-in model and a small file in place of a download."""
-    verbs = re.findall(r"^pennyweight (\w+)", block("", "pennyweight preview run.yaml"), re.M)
+    verbs = re.findall(r"^pennyweight (\w+)", block("", "pennyweight init"), re.M)
     assert verbs == ["init", "preview", "train", "evaluate", "chat", "merge"]
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{q}!"}]}
