@@ -78,7 +78,7 @@ def _work(plan: Plan) -> list[tuple[str, str, str]]:
         ("parameters", f"{plan.parameters:,}", ""),
         ("trained parameters", f"{plan.trained_parameters:,}", f"{share:.2f} %"),
         ("operations a token", f"{cost.flops_a_token / 1e9:.3g} GFLOP", ""),
-        ("speed", f"{cost.tokens_a_second:,.0f} tokens/s", "estimate"),
+        ("speed", f"{cost.tokens_a_second:,.0f} tokens/s", "estimate, idle device"),
         ("optimizer step", as_duration(cost.step_seconds), "estimate"),
     ]
     if cost.steps is None or cost.tokens is None or cost.seconds is None:
