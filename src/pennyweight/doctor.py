@@ -28,7 +28,6 @@ _NEEDED = (
 _EXTRAS = (
     ("plots", "matplotlib", "loss pictures"),
     ("data", "pyarrow", "Parquet files"),
-    ("eval", "lm_eval", "public benchmarks"),
     ("tensorboard", "tensorboard", "TensorBoard curves"),
     ("wandb", "wandb", "Weights & Biases curves"),
 )
