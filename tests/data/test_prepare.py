@@ -113,6 +113,14 @@ def test_held_out_rows_are_stable_and_leak_nothing(run: Run, tmp_path: Path) -> 
     assert held <= asked("eval")
 
 
+def test_a_split_seed_holds_the_same_rows_out_whatever_the_seed(run: Run, tmp_path: Path) -> None:
+    file = write(tmp_path / "my.jsonl", pairs(200))
+    one, other = (run(train=file, split_seed=5, seed=seed) for seed in (0, 1))
+    assert one.fingerprint == other.fingerprint == run(train=file, seed=5).fingerprint
+    assert one.eval.sources == other.eval.sources
+    assert run(train=file, seed=0).eval.sources != run(train=file, seed=1).eval.sources
+
+
 def test_one_question_for_all_rows_is_split_by_row(run: Run, tmp_path: Path) -> None:
     rows = [{"prompt": "Tell a story.", "completion": f"story {i}"} for i in range(100)]
     prepared = run(train=write(tmp_path / "my.jsonl", rows * 2), eval_fraction=0.1)

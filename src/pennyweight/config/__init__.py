@@ -7,6 +7,7 @@ from pennyweight.config.load import LoadedRun, load_run, read_resolved
 from pennyweight.config.rules import resolve
 from pennyweight.config.schema import (
     BaseConfig,
+    CompareConfig,
     DataConfig,
     EvaluateConfig,
     Format,
@@ -20,6 +21,7 @@ from pennyweight.config.schema import (
 
 __all__ = [
     "BaseConfig",
+    "CompareConfig",
     "DataConfig",
     "EvaluateConfig",
     "Format",

@@ -52,6 +52,16 @@ def _four_bits(run: RunConfig) -> bool:
     return run.base.quantization in ("nf4", "fp4")
 
 
+def _names_no_arm(run: RunConfig) -> bool:
+    """Whether a learning rate is given for what is no arm of the comparison."""
+    arms: set[str] = {*run.compare.arms}
+    ranks = run.compare.ranks or (run.adapter.r,)
+    arms |= {
+        f"{method}-r{rank}" for method in run.compare.arms for rank in ranks if method != "full"
+    }
+    return not arms.issuperset(run.compare.learning_rates)
+
+
 def _nothing_held_out(run: RunConfig) -> bool:
     return run.data.eval is None and run.data.eval_fraction == 0
 
@@ -189,13 +199,32 @@ RULES: tuple[Rule, ...] = (
         "evaluating needs held-out rows: give data.eval, or a data.eval_fraction above 0",
         lambda run, given: run.train.eval_steps is not None and _nothing_held_out(run),
     ),
+    Rule(
+        ("compare.learning_rates", "compare.arms", "compare.ranks"),
+        "each name is an arm: a method of compare.arms such as lora, or one with a rank that is "
+        "compared, such as lora-r16",
+        lambda run, given: _names_no_arm(run),
+    ),
+    Rule(
+        ("compare.ranks", "adapter.rank_pattern"),
+        "a pattern of ranks would be the same in every arm: remove adapter.rank_pattern and "
+        "adapter.alpha_pattern, or compare.ranks",
+        lambda run, given: (
+            bool(run.compare.ranks) and bool(run.adapter.rank_pattern or run.adapter.alpha_pattern)
+        ),
+    ),
+    Rule(
+        ("compare.range_to", "compare.range_from"),
+        "the range test goes upwards: set compare.range_to above compare.range_from",
+        lambda run, given: run.compare.range_to <= run.compare.range_from,
+    ),
 )
 
 
 def given_keys(run: RunConfig) -> Given:
     """Keys that somebody wrote down (`train.method`), from a file, a command line or Python."""
     given = {key for key in run.model_fields_set if key in ("output_dir", "seed")}
-    for group in ("base", "adapter", "data", "train", "evaluate"):
+    for group in ("base", "adapter", "data", "train", "evaluate", "compare"):
         settings = getattr(run, group)
         given |= {
             f"{group}.{name}"

@@ -19,6 +19,7 @@ from pydantic import (
 
 __all__ = [
     "BaseConfig",
+    "CompareConfig",
     "DataConfig",
     "EvaluateConfig",
     "Format",
@@ -163,6 +164,9 @@ class DataConfig(_Frozen):
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the training rows held out where `eval` is not given, at most 500 rows."""
 
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Seed of which rows are held out, and which ones a source's weight takes. None: `seed`."""
+
     format: Format = "auto"
     """Format of the rows; `auto` looks at their keys and says what it found."""
 
@@ -277,6 +281,47 @@ class EvaluateConfig(_Frozen):
     """Longest answer."""
 
 
+class CompareConfig(_Frozen):
+    """What `pennyweight compare` sets side by side: one description, trained by several methods."""
+
+    arms: Annotated[tuple[Method, ...], Field(min_length=1)] = ("full", "lora", "qlora")
+    """Methods to compare; the base, untuned, is always among them."""
+
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (
+        0,
+        1,
+        2,
+    )
+    """Every arm is trained once with each of these in place of `seed`."""
+
+    ranks: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = ()
+    """Ranks of the adapter arms, an arm each; alpha / r stays as described. Empty: `adapter.r` alone."""
+
+    learning_rates: dict[str, Annotated[float, Field(gt=0, lt=10)]] = {}
+    """Peak learning rates by arm, `{lora: 2e-4}` or `{lora-r8: 2e-4}`; an arm without one is tuned by a range test."""
+
+    range_from: Annotated[float, Field(gt=0, lt=10)] = 1e-5
+    """Smallest learning rate of the range test."""
+
+    range_to: Annotated[float, Field(gt=0, lt=10)] = 1e-2
+    """Largest learning rate of the range test; where the best is an end, the test goes on beyond it."""
+
+    range_points: Annotated[int, Field(ge=2, le=50)] = 7
+    """Learning rates from `range_from` to `range_to`, each the same factor above the last."""
+
+    range_steps: Annotated[int, Field(ge=1)] = 40
+    """Optimizer steps that each learning rate is tried for, warm-up and decay included."""
+
+    range_rows: Annotated[int, Field(ge=1)] = 128
+    """Training rows set apart to judge the learning rates by; the held-out rows are never used for it."""
+
+    general_text: Annotated[str, Field(min_length=1)] = "builtin"
+    """Text on which forgetting is measured: a file, folder or dataset, or `builtin`, Python's own reference."""
+
+    general_rows: Annotated[int, Field(ge=1)] = 200
+    """Documents of the general text that are read."""
+
+
 class RunConfig(_Frozen):
     """A whole run."""
 
@@ -294,6 +339,9 @@ class RunConfig(_Frozen):
 
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured on held-out rows."""
+
+    compare: CompareConfig = CompareConfig()
+    """What `pennyweight compare` sets side by side; nothing else reads it."""
 
     output_dir: Annotated[str, Field(min_length=1)] = "runs/default"
     """Where everything the run writes goes; the same folder again resumes."""

@@ -74,10 +74,11 @@ def prepare(
     `stop_id`: what ends a document where the template names nothing; default the tokenizer's EOS.
     `cache_dir`: default `$PENNYWEIGHT_CACHE`, else `~/.cache/pennyweight`.
     """
+    seed = seed if config.split_seed is None else config.split_seed
     training, held = _located(config)
     settings = {
         "version": _VERSION,
-        "data": config.model_dump(mode="json", exclude={"train", "eval", "packing"}),
+        "data": config.model_dump(mode="json", exclude={"train", "eval", "packing", "split_seed"}),
         "train": [_said(located) for located in training],
         "eval": None if held is None else [_said(located) for located in held],
         "tokenizer": _tokenizer_sha256(tokenizer),

@@ -9,23 +9,19 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
-
 from pennyweight.config import RunConfig
-from pennyweight.data.batch import Batch, collate, order
+from pennyweight.data.batch import Batch, collate
 from pennyweight.data.prepare import Prepared
 from pennyweight.errors import ConfigError
 from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, paired, read_by
-from pennyweight.lora import attach, trained_parameters
+from pennyweight.finetune.learner import micro_batches, trainee, what_learns
 from pennyweight.model import BaseModel
-from pennyweight.optim import adamw, lr_at
 from pennyweight.plan import DataSize, Plan
 from pennyweight.report import Report, plot_losses, read_events
 from pennyweight.runs import RunFolder, adapter_slot
 from pennyweight.train import (
     CheckpointState,
     Step,
-    Trainee,
     load_latest,
     load_step,
     peak_memory_bytes,
@@ -86,13 +82,13 @@ class Run:
     ) -> None:
         self.config, self.folder, self.base, self.data = config, folder, base, data
         self.slot = adapter_slot(config)
-        self.parameters = _what_learns(base, config)
+        self.parameters = what_learns(base, config)
         self.total_steps = config.train.max_steps or planned_steps(
             self.micro_batches,
             epochs=config.train.epochs,
             accumulation=config.train.gradient_accumulation_steps,
         )
-        self.trainee = _trainee(base, config, self.parameters, self.total_steps)
+        self.trainee = trainee(base, config, self.parameters, self.total_steps)
         self.eval_every = config.train.eval_steps or max(1, self.total_steps // 10)
         self.save_every = config.train.save_steps or self.eval_every
         self.best_step, self.best_loss, self.misses = 0, math.inf, 0
@@ -110,18 +106,7 @@ class Run:
 
     def micro_batches(self, epoch: int) -> list[tuple[int, ...]]:
         """The epoch's micro-batches as indices of examples; a pure function of seed and epoch."""
-        train = self.config.train
-        budget = train.batch_size * self.config.data.max_length
-        if train.tokens_per_step is not None:
-            budget = max(1, train.tokens_per_step // train.gradient_accumulation_steps)
-        packing = self.config.data.packing
-        return order(
-            self.data.train.lengths,
-            seed=self.config.seed,
-            epoch=epoch,
-            budget_tokens=budget if packing else None,
-            rows=None if packing else train.batch_size,
-        )
+        return micro_batches(self.config, self.data.train.lengths, epoch)
 
     def collated(self, indices: Sequence[int]) -> Batch:
         return collate([self.data.train[i] for i in indices], self.slot)
@@ -312,48 +297,6 @@ def versions() -> dict[str, str]:
     """Versions a reader needs to repeat a run."""
     names = ("pennyweight", "torch", "transformers", "tokenizers", "safetensors")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def _what_learns(base: BaseModel, config: RunConfig) -> dict[str, nn.Parameter]:
-    """Parameters by name: a fresh adapter's, or the whole model's."""
-    if config.train.method != "full":
-        attach(base, config.adapter, seed=config.seed)
-        return trained_parameters(base, "default")
-    if base.quantization != "none":
-        raise ConfigError("train.method full needs base.quantization none")
-    return {name: p for name, p in base.module.named_parameters() if p.requires_grad}
-
-
-def _trainee(
-    base: BaseModel, config: RunConfig, parameters: Mapping[str, nn.Parameter], total_steps: int
-) -> Trainee:
-    train = config.train
-    assert train.learning_rate is not None, "resolve() fills it"
-    warmup = train.warmup_steps
-    if warmup is None:
-        warmup = round(train.warmup_ratio * total_steps)
-    peak, kind, floor = train.learning_rate, train.lr_scheduler_type, train.min_lr_ratio
-    return Trainee(
-        base,
-        parameters,
-        adamw(
-            parameters,
-            weight_decay=train.weight_decay,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon,
-            loraplus_lr_ratio=config.adapter.loraplus_lr_ratio,
-        ),
-        learning_rate_at=lambda step: lr_at(
-            step,
-            peak=peak,
-            total_steps=total_steps,
-            warmup_steps=warmup,
-            kind=kind,
-            min_ratio=floor,
-        ),
-        max_grad_norm=train.max_grad_norm,
-        seed=config.seed,
-    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

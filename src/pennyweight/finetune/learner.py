@@ -1,0 +1,77 @@
+"""What learns, in what order and by what steps: a description's trainee, and its micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import nn
+
+from pennyweight.config import RunConfig
+from pennyweight.data.batch import order
+from pennyweight.errors import ConfigError
+from pennyweight.lora import attach, trained_parameters
+from pennyweight.model import BaseModel
+from pennyweight.optim import adamw, lr_at
+from pennyweight.train import Trainee
+
+__all__ = ["micro_batches", "trainee", "what_learns"]
+
+
+def micro_batches(config: RunConfig, lengths: np.ndarray, epoch: int) -> list[tuple[int, ...]]:
+    """The epoch's micro-batches as indices of examples; a pure function of lengths, seed and epoch."""
+    train = config.train
+    budget = train.batch_size * config.data.max_length
+    if train.tokens_per_step is not None:
+        budget = max(1, train.tokens_per_step // train.gradient_accumulation_steps)
+    packing = config.data.packing
+    return order(
+        lengths,
+        seed=config.seed,
+        epoch=epoch,
+        budget_tokens=budget if packing else None,
+        rows=None if packing else train.batch_size,
+    )
+
+
+def what_learns(base: BaseModel, config: RunConfig) -> dict[str, nn.Parameter]:
+    """Parameters by name: those of a fresh adapter, which is attached, or the whole model's."""
+    if config.train.method != "full":
+        attach(base, config.adapter, seed=config.seed)
+        return trained_parameters(base, "default")
+    if base.quantization != "none":
+        raise ConfigError("train.method full needs base.quantization none")
+    return {name: p for name, p in base.module.named_parameters() if p.requires_grad}
+
+
+def trainee(
+    base: BaseModel, config: RunConfig, parameters: Mapping[str, nn.Parameter], total_steps: int
+) -> Trainee:
+    """These parameters with the optimizer, schedule and clip norm that `config`, resolved, describes."""
+    train = config.train
+    assert train.learning_rate is not None, "resolve() fills it"
+    warmup = train.warmup_steps
+    if warmup is None:
+        warmup = round(train.warmup_ratio * total_steps)
+    peak, kind, floor = train.learning_rate, train.lr_scheduler_type, train.min_lr_ratio
+    return Trainee(
+        base,
+        parameters,
+        adamw(
+            parameters,
+            weight_decay=train.weight_decay,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            loraplus_lr_ratio=config.adapter.loraplus_lr_ratio,
+        ),
+        learning_rate_at=lambda step: lr_at(
+            step,
+            peak=peak,
+            total_steps=total_steps,
+            warmup_steps=warmup,
+            kind=kind,
+            min_ratio=floor,
+        ),
+        max_grad_norm=train.max_grad_norm,
+        seed=config.seed,
+    )
