@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Outside the person's home; the list of fonts takes seconds to make, so it stays from run to run.
+os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir()) / "pennyweight-matplotlib"))
+
+from tests import audit
+
+# From here on, before anything of the project's is imported, this process and all it starts are
+# watched: see `watched` below.
+_violations: list[str] = []
+_told_by_children = tempfile.mkstemp(prefix="pennyweight-audit-")[1]
+_watch = audit.install(_violations.append)
+os.environ |= audit.environment(_told_by_children, _watch.folders)
 
 from jaxtyping import install_import_hook
 
@@ -197,6 +209,29 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def watched() -> Iterator[None]:
+    """No test loads a pickle, writes outside temporary folders, or connects to another machine."""
+    yield
+    if found := violations():
+        pytest.fail("\n".join(["against the rules of tests/audit.py:", *dict.fromkeys(found)]))
+
+
+def violations() -> list[str]:
+    """What was done against the rules since the last call, in this process or in its children."""
+    with Path(_told_by_children).open(encoding="utf-8") as log:
+        told = log.read().splitlines()
+    os.truncate(_told_by_children, 0)
+    found = [*_violations, *told]
+    _violations.clear()
+    return found
+
+
+def pytest_unconfigure() -> None:
+    _watch.paused = True
+    Path(_told_by_children).unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
