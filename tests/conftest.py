@@ -212,10 +212,11 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def watched() -> Iterator[None]:
+def watched(request: pytest.FixtureRequest) -> Iterator[None]:
     """No test loads a pickle, writes outside temporary folders, or connects to another machine."""
     yield
-    if found := violations():
+    excused = "unpickled " if "own_pickle" in request.keywords else None
+    if found := [said for said in violations() if not excused or not said.startswith(excused)]:
         pytest.fail("\n".join(["against the rules of tests/audit.py:", *dict.fromkeys(found)]))
 
 

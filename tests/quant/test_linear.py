@@ -159,6 +159,7 @@ def test_the_value_is_rebuilt_without_a_copy(kind: str) -> None:
     assert {t.device.type for t in moved.value.tensors().values()} == {"meta"}
 
 
+@pytest.mark.own_pickle
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_survives_copying_pickling_and_its_state_dict(kind: str) -> None:
     linear, x = layer(kind), torch.randn(2, 70)
