@@ -19,6 +19,7 @@ from pennyweight.train.memory import (
     is_out_of_memory,
     parts,
     peak_memory_bytes,
+    restart_peak,
     saved_bytes,
 )
 
@@ -118,3 +119,16 @@ def test_the_peak_only_rises() -> None:
     assert after is not None
     assert after >= before
     del held
+
+
+def test_the_mark_of_a_cpu_run_begins_anew() -> None:
+    held = torch.ones(60_000_000)
+    high = peak_memory_bytes(torch.device("cpu"))
+    del held
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system keeps one mark for the whole process")
+    restart_peak(torch.device("cpu"))
+    low = peak_memory_bytes(torch.device("cpu"))
+    assert high is not None
+    assert low is not None
+    assert low < high - 150e6

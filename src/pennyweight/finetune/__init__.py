@@ -17,7 +17,7 @@ from pennyweight.finetune.underway import Run, RunResult, data_size, stop_id
 from pennyweight.model import load_base
 from pennyweight.plan import plan
 from pennyweight.runs import RunFolder
-from pennyweight.train import RunLock, StopRequest, enable_checkpointing, tidy, train
+from pennyweight.train import RunLock, StopRequest, enable_checkpointing, restart_peak, tidy, train
 
 __all__ = ["RunResult", "Seen", "finetune", "look"]
 
@@ -39,6 +39,7 @@ def finetune(
         tidy(folder.checkpoints)
         base = load_base(config.base, trainable=config.train.method == "full")
         data = prepare(config.data, base.tokenizer, seed=config.seed, stop_id=stop_id(base))
+        restart_peak(base.device)
         predicted = plan(config, rows=data_size(data))
         if predicted.recompute != "none" or config.train.gradient_checkpointing is True:
             enable_checkpointing(base)

@@ -23,11 +23,14 @@ MIB = 2**20
 # Bytes of one chunk of float32 logits; the same as in `pennyweight.loss`.
 CHUNK_BYTES = {"cpu": 64 * MIB}
 CHUNK_BYTES_DEVICE = 512 * MIB
-_KEPT_BY_GLIBC = 0.7
-# Resident before a model is: interpreter, torch, transformers (395 to 485 MiB on Linux, by how
-# much of the libraries the kernel has mapped); context and
-# cuBLAS workspaces on a card.
-PROCESS_BYTES = {"cpu": 440 * MIB, "cuda": 600 * MIB, "mps": 440 * MIB}
+# Freed blocks that glibc 2.36 held at the peak, as a share of what a pass keeps without recompute
+# (benchmarks/results/plan_cpu.md): with adapters 0.8 to 1.1, recomputing 0.7 to 0.8, in full 0.3.
+_KEPT_BY_GLIBC = 1.0
+_KEPT_BY_GLIBC_RECOMPUTING = 0.75
+_KEPT_BY_GLIBC_IN_FULL = 0.3
+# Resident beside all tensors: interpreter, torch, transformers, threads (440 to 520 MiB on Linux,
+# by how much of the libraries the kernel has mapped); context and cuBLAS workspaces on a card.
+PROCESS_BYTES = {"cpu": 500 * MIB, "cuda": 600 * MIB, "mps": 500 * MIB}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def parts(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
             _workspace_note(setting, policy),
             ("backward",),
         ),
-        *_allocator(setting),
+        *_allocator(setting, policy),
         Part(
             "process",
             PROCESS_BYTES[setting.device.kind],
@@ -137,15 +140,17 @@ def _loss_bytes(setting: Setting) -> int:
     return logits + tokens * shapes.hidden * setting.product_bytes
 
 
-def _allocator(setting: Setting) -> tuple[Part, ...]:
+def _allocator(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
     """What glibc keeps of freed blocks on a CPU: aligned blocks under 32 MB are rarely used again
-    while their neighbours live. Measured at 0.5 to 1.1 of a pass's tensors with adapters, little
-    in full fine-tuning; nothing where every block is given back."""
+    while their neighbours live; nothing where every block is given back."""
     block = setting.micro_tokens * setting.shapes.intermediate * setting.product_bytes
     given_back = "MALLOC_MMAP_THRESHOLD_" in os.environ or not sys.platform.startswith("linux")
-    if setting.device.kind != "cpu" or setting.full or given_back or block >= 32 * MIB:
+    if setting.device.kind != "cpu" or given_back or block >= 32 * MIB:
         return ()
-    size = math.ceil(_KEPT_BY_GLIBC * kept_bytes(setting, "none") * setting.micro_tokens)
+    share = _KEPT_BY_GLIBC if policy == "none" else _KEPT_BY_GLIBC_RECOMPUTING
+    if setting.full:
+        share = _KEPT_BY_GLIBC_IN_FULL
+    size = math.ceil(share * kept_bytes(setting, "none") * setting.micro_tokens)
     note = "freed blocks glibc keeps; MALLOC_MMAP_THRESHOLD_=1048576 returns them, slower"
     return (Part("allocator", size, note, PASS, False),)
 

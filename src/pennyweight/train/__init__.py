@@ -17,6 +17,7 @@ from pennyweight.train.memory import (
     disable_checkpointing,
     enable_checkpointing,
     peak_memory_bytes,
+    restart_peak,
     saved_bytes,
 )
 from pennyweight.train.trainee import Step, Trainee
@@ -35,6 +36,7 @@ __all__ = [
     "planned_steps",
     "random_tensors",
     "require_same",
+    "restart_peak",
     "restore_random",
     "retire",
     "save",

@@ -6,6 +6,7 @@ else inside a layer is computed again in backward.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "parts",
     "peak_memory_bytes",
     "release_cached",
+    "restart_peak",
     "saved_bytes",
 ]
 
@@ -104,6 +106,17 @@ def release_cached(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def restart_peak(device: torch.device) -> None:
+    """Let the high-water mark of a CPU run begin now, where the system offers it (Linux).
+
+    While a base loads, its mapped files count as resident, though the kernel takes those pages
+    back whenever it needs them. On CUDA everything that loading allocates is counted anyway.
+    """
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
