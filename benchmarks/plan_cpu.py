@@ -120,8 +120,16 @@ def measure(case: Case, work: Path) -> Measured:
         described = Path(output) / "run.yaml"
         described.write_text("seed: 0\n")
         done = subprocess.run(
-            [sys.executable, "-m", "pennyweight", "train", str(described)]
-            + [*settings, f"output_dir={output}/run", "--json"],
+            [
+                sys.executable,
+                "-m",
+                "pennyweight",
+                "train",
+                str(described),
+                *settings,
+                f"output_dir={output}/run",
+                "--json",
+            ],
             capture_output=True,
             text=True,
             check=False,
