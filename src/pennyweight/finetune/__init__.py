@@ -6,12 +6,14 @@ description again resumes: all that the run needs to go on stands in its output 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from pennyweight.config import RunConfig, resolve
 from pennyweight.data.prepare import prepare
 from pennyweight.errors import Interrupted
+from pennyweight.finetune.rehearsal import rehearse
 from pennyweight.finetune.seen import Seen, look
 from pennyweight.finetune.underway import Run, RunResult, data_size, stop_id
 from pennyweight.model import load_base
@@ -33,6 +35,7 @@ def finetune(
     `origin` and `text` (where each value came from, the YAML as written) are kept beside the
     result. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
     """
+    began = time.perf_counter()
     config = resolve(config)
     folder = RunFolder(Path(config.output_dir))
     with RunLock(folder.path), StopRequest() as stop:
@@ -48,7 +51,10 @@ def finetune(
             folder.describe(config, origin=origin, text=text)
             data.ledger.write(folder.ledger)
             folder.keep_held_out(data, config.evaluate.max_rows)
+            if run.trainee.step < run.total_steps:
+                predicted = rehearse(run, predicted, resumed=resumed is not None)
             run.introduce(predicted, resumed)
+            run.begin(time.perf_counter() - began)
             for step in train(
                 run.trainee,
                 run.micro_batches,

@@ -11,6 +11,7 @@ from typing import Any
 
 from pennyweight.config import RunConfig
 from pennyweight.data.batch import Batch, collate
+from pennyweight.data.examples import Examples
 from pennyweight.data.prepare import Prepared
 from pennyweight.errors import ConfigError
 from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, paired, read_by
@@ -35,6 +36,8 @@ from pennyweight.train import (
 
 __all__ = ["Run", "RunResult", "stop_id", "versions"]
 
+# Tokens evaluated at once, as long as memory does.
+EVALUATION_TOKENS = 4096
 # Settings that may change between a run and its resumption: they do not touch what is learned.
 FREE_TO_CHANGE = frozenset(
     {
@@ -57,6 +60,7 @@ class RunResult:
     best_step: int
     trained_tokens: int
     train_seconds: float
+    seconds_to_first_step: float
     loss_before: float | None
     loss_after: float | None
     loss_change: dict[str, Any] | None
@@ -94,6 +98,8 @@ class Run:
         self.best_step, self.best_loss, self.misses = 0, math.inf, 0
         self.loss_before: float | None = None
         self.train_seconds = 0.0
+        self.seconds_to_first_step = 0.0
+        self.evaluation_tokens = EVALUATION_TOKENS
         self.stopped_early = False
         self.notices: list[str] = []
         self.report = Report(folder.path, sinks=config.train.report_to)
@@ -108,17 +114,35 @@ class Run:
         """The epoch's micro-batches as indices of examples; a pure function of seed and epoch."""
         return micro_batches(self.config, self.data.train.lengths, epoch)
 
+    @property
+    def held_out_rows(self) -> Examples:
+        """The rows that evaluations of the run measure."""
+        return self.data.eval[: self.config.evaluate.max_rows]
+
     def collated(self, indices: Sequence[int]) -> Batch:
         return collate([self.data.train[i] for i in indices], self.slot)
 
     def resume(self) -> int | None:
-        """Take up the newest whole checkpoint, if there is one of this very run; gives its step."""
+        """Take up the newest whole checkpoint, if there is one of this very run; gives its step.
+
+        None where there is none, or where it is of step 0.
+        """
         found = load_latest(self.folder.checkpoints)
         if found is None:
             self.report.begin()
             return None
         state, passed_over = found
-        require_same(state.identity, self.identity())
+        if state.step or passed_over:
+            require_same(state.identity, self.identity())
+        if state.step == 0:  # nothing was learned yet: begin anew
+            self.report.begin()
+        else:
+            self._restore(state)
+        for why in passed_over:
+            self.notice(f"passed over a checkpoint that is not whole: {why}")
+        return state.step or None
+
+    def _restore(self, state: CheckpointState) -> None:
         self.trainee.restore(state.tensors, state.progress)
         restore_random(state.tensors)
         own = state.progress["run"]
@@ -127,9 +151,6 @@ class Run:
         self.loss_before, self.train_seconds = own["loss_before"], own["train_seconds"]
         self.notices = own["notices"]
         self.report.resume(own["events_offset"])
-        for why in passed_over:
-            self.notice(f"passed over a checkpoint that is not whole: {why}")
-        return state.step
 
     def introduce(self, predicted: Plan, resumed: int | None) -> None:
         """Say what is about to happen, and measure the base before anything is learned."""
@@ -148,6 +169,12 @@ class Run:
         self.loss_before = self._held_out(None)
         if self.loss_before is not None:
             self.report.evaluation(0, self.loss_before)
+
+    def begin(self, seconds: float) -> None:
+        """Say how long it took to get here; the first step comes next."""
+        self.seconds_to_first_step = seconds
+        self.report.event("first_step", seconds=seconds)
+        self.report.say(f"first step after {seconds:.1f} s")
 
     def after(self, step: Step) -> None:
         """What follows an optimizer step: report, evaluate, checkpoint."""
@@ -199,6 +226,7 @@ class Run:
             best_step=self.best_step or steps,
             trained_tokens=trained_tokens,
             train_seconds=self.train_seconds,
+            seconds_to_first_step=self.seconds_to_first_step,
             loss_before=self.loss_before,
             loss_after=change["after"] if change else None,
             loss_change=change,
@@ -263,8 +291,11 @@ class Run:
         return None if report is None else report.loss
 
     def _loss_report(self, adapter: str | None) -> LossReport | None:
-        rows = self.data.eval[: self.config.evaluate.max_rows]
-        return evaluate_loss(self.base, read_by(in_batches(rows), adapter)) if len(rows) else None
+        rows = self.held_out_rows
+        if not len(rows):
+            return None
+        batches = in_batches(rows, budget_tokens=self.evaluation_tokens)
+        return evaluate_loss(self.base, read_by(batches, adapter))
 
     def _change(self) -> dict[str, Any] | None:
         """Held-out loss before and after on the same rows, with the interval of the difference."""

@@ -16,7 +16,9 @@ from pennyweight.train.loop import StopRequest, planned_steps, train
 from pennyweight.train.memory import (
     disable_checkpointing,
     enable_checkpointing,
+    is_out_of_memory,
     peak_memory_bytes,
+    release_cached,
     restart_peak,
     saved_bytes,
 )
@@ -30,11 +32,13 @@ __all__ = [
     "Trainee",
     "disable_checkpointing",
     "enable_checkpointing",
+    "is_out_of_memory",
     "load_latest",
     "load_step",
     "peak_memory_bytes",
     "planned_steps",
     "random_tensors",
+    "release_cached",
     "require_same",
     "restart_peak",
     "restore_random",

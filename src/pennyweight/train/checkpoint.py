@@ -113,7 +113,7 @@ def retire(folder: Path, keep: int, best: int | None = None) -> list[Path]:
     verifies. Gives what was removed.
     """
     places = [place for place in _places(folder) if not place.name.startswith(".")]
-    kept = {place.name for place in places[:keep]} | {f"step-{best or 0:06d}"}
+    kept = {place.name for place in places[:keep]} | ({f"step-{best:06d}"} if best else set())
     kept |= {next((place.name for place in places if _verifies(place)), "")}
     removed = [place for place in places if place.name not in kept]
     for place in removed:
