@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -128,11 +129,46 @@ def test_every_error_of_ours_has_its_exit_code(
         raise kind.all(["first: mend it", "second"])
 
     assert ending.run_command(fail, []) == kind.exit_code
-    assert capsys.readouterr().err == "first: mend it\nsecond\n"
+    assert capsys.readouterr().err.startswith("first: mend it\nsecond\n")
     assert ending.run_command(fail, ["--json"]) == kind.exit_code
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["kind"] == kind.__name__
     assert error["faults"] == ["first: mend it", "second"]
+
+
+def test_an_interrupted_run_names_the_command_that_resumes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(arguments: Sequence[str]) -> object:
+        raise errors.Interrupted("SIGTERM after step 3 of 9")
+
+    asked = ["train", "my run.yaml", "train.learning_rate=1e-4"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/pennyweight"])
+    assert ending.run_command(fail, asked) == 75
+    resume = "pennyweight train 'my run.yaml' train.learning_rate=1e-4"
+    assert capsys.readouterr().err == f"SIGTERM after step 3 of 9\nresume: {resume}\n"
+    monkeypatch.setattr("sys.argv", ["/lib/pennyweight/__main__.py"])
+    assert ending.run_command(fail, [*asked, "--json"]) == 75
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["resume"] == f"python -m {resume} --json"
+
+
+def test_a_full_disk_is_74_and_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(arguments: Sequence[str]) -> object:
+        raise OSError(28, "No space left on device", "merged/model.safetensors")
+
+    assert ending.run_command(fail, []) == 74
+    said = capsys.readouterr().err
+    assert said.startswith("merged/model.safetensors: No space left on device; free some space")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_command_prepares_is_75(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    said = f"{number.name}: nothing was begun"
+    with pytest.raises(errors.Interrupted, match=said), ending.not_begun():
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
 
 
 def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,6 @@ import pytest
 import torch
 
 from pennyweight.errors import ConfigError, DiskError, DivergedError
-from pennyweight.train import checkpoint
 from pennyweight.train.checkpoint import (
     CheckpointState,
     load_latest,
@@ -84,7 +83,7 @@ def test_the_order_of_writes_is_the_promised_one(
             seen.append(f"{name} {subject(*arguments)}")
             return real(*arguments)
 
-        monkeypatch.setattr(checkpoint.os, name, called)
+        monkeypatch.setattr(os, name, called)
 
     spy("fsync", os.fsync, lambda number: Path(f"/proc/self/fd/{number}").readlink().name)
     spy("rename", os.rename, lambda a, b: Path(b).name)

@@ -75,7 +75,7 @@ def test_the_second_signal_aborts_at_once(trainee: Trainee, batch_of: BatchOf) -
         os.kill(os.getpid(), signal.SIGINT)
         return batch_of(*places)
 
-    with StopRequest() as stop, pytest.raises(Aborted) as caught:
+    with pytest.raises(Aborted) as caught, StopRequest() as stop:
         list(train(trainee, batches, collated, total_steps=9, accumulation=2, stop=stop))
     assert caught.value.exit_code == 130
     assert trainee.step == 0

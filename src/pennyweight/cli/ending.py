@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
+import signal
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
-from pennyweight.errors import Aborted, PennyweightError
+from pennyweight.errors import Aborted, Interrupted, PennyweightError
+from pennyweight.files import disk_faults
 
-__all__ = ["run_command"]
+__all__ = ["not_begun", "run_command"]
 
 INTERNAL, USAGE = 1, 2
 
@@ -23,9 +31,11 @@ def run_command(command: Callable[[Sequence[str]], object], arguments: Sequence[
     """
     as_json = "--json" in arguments
     try:
-        code = command(arguments)
+        with disk_faults(Path(), "free some space, or mend the folder's rights"):
+            code = command(arguments)
     except PennyweightError as error:
-        return _failed(type(error).__name__, str(error), error.exit_code, as_json)
+        resume = _again(arguments) if isinstance(error, Interrupted | Aborted) else None
+        return _failed(type(error).__name__, str(error), error.exit_code, as_json, resume)
     except KeyboardInterrupt:
         return _failed("Aborted", "interrupted", Aborted.exit_code, as_json)
     except BrokenPipeError:
@@ -39,12 +49,46 @@ def run_command(command: Callable[[Sequence[str]], object], arguments: Sequence[
     return code if isinstance(code, int) else 0
 
 
-def _failed(kind: str, message: str, exit_code: int, as_json: bool) -> int:
-    if as_json:
-        error = {"kind": kind, "exit_code": exit_code, "message": message}
-        print(json.dumps({"error": {**error, "faults": message.splitlines()}}))
-    else:
-        print(message, file=sys.stderr)
+@contextmanager
+def not_begun() -> Iterator[None]:
+    """While a command only prepares, SIGTERM and Ctrl-C end it at once as Interrupted: there is
+    nothing to save yet. What runs inside may listen itself, and gives the signals back.
+    """
+
+    def hear(number: int, _frame: FrameType | None) -> None:
+        # As Ctrl-C it passes every `except Exception` of what is being imported.
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    heard = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, hear) for n in heard if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(f"{stopped}: nothing was begun, so nothing is lost") from None
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous or signal.SIG_DFL)
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """The command to type to go on."""
+    program = ["pennyweight"]
+    if Path(sys.argv[0]).name == "__main__.py":
+        program = ["python", "-m", "pennyweight"]
+    words = [*program, *arguments]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _failed(
+    kind: str, message: str, exit_code: int, as_json: bool, resume: str | None = None
+) -> int:
+    error = {"kind": kind, "exit_code": exit_code, "message": message}
+    error |= {"faults": message.splitlines()} | ({"resume": resume} if resume else {})
+    with contextlib.suppress(OSError):  # nobody reads on; the exit code still says it
+        if as_json:
+            print(json.dumps({"error": error}), flush=True)
+        else:
+            print(message + (f"\nresume: {resume}" if resume else ""), file=sys.stderr, flush=True)
     return exit_code
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pennyweight.cli import show
+from pennyweight.cli.ending import not_begun
 
 __all__ = ["app"]
 
@@ -129,7 +130,7 @@ def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> N
     """Train; the same command again resumes."""
     from pennyweight.config import load_run
 
-    with show.Printer(as_json) as printer:
+    with show.Printer(as_json) as printer, not_begun():
         loaded = load_run(run, overrides or ())
         # After the description was found sound: what follows takes seconds to import.
         from pennyweight.finetune import finetune

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pennyweight.files import whole
+
 __all__ = ["Ledger", "LedgerRow"]
 
 
@@ -76,7 +78,7 @@ class Ledger:
 
     def write(self, path: Path) -> None:
         """`ledger.jsonl`: one line a row, in the order of the data."""
-        with path.open("w", encoding="utf-8") as file:
+        with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
             for row in self.rows:
                 file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 

@@ -6,14 +6,13 @@ description again resumes: all that the run needs to go on stands in its output 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from pennyweight.config import RunConfig, resolve
 from pennyweight.data.prepare import prepare
 from pennyweight.errors import Interrupted
-from pennyweight.finetune.rehearsal import rehearse
+from pennyweight.files import disk_faults
 from pennyweight.finetune.seen import Seen, look
 from pennyweight.finetune.underway import Run, RunResult, data_size, stop_id
 from pennyweight.model import load_base
@@ -22,6 +21,8 @@ from pennyweight.runs import RunFolder
 from pennyweight.train import RunLock, StopRequest, enable_checkpointing, restart_peak, tidy, train
 
 __all__ = ["RunResult", "Seen", "finetune", "look"]
+
+AGAIN = "free some space or mend the folder, then run the same command again"
 
 
 def finetune(
@@ -35,26 +36,25 @@ def finetune(
     `origin` and `text` (where each value came from, the YAML as written) are kept beside the
     result. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
     """
-    began = time.perf_counter()
     config = resolve(config)
     folder = RunFolder(Path(config.output_dir))
-    with RunLock(folder.path), StopRequest() as stop:
+    with disk_faults(folder.path, AGAIN), RunLock(folder.path), StopRequest() as stop:
         tidy(folder.checkpoints)
-        base = load_base(config.base, trainable=config.train.method == "full")
-        data = prepare(config.data, base.tokenizer, seed=config.seed, stop_id=stop_id(base))
-        restart_peak(base.device)
-        predicted = plan(config, rows=data_size(data))
-        if predicted.recompute != "none" or config.train.gradient_checkpointing is True:
-            enable_checkpointing(base)
-        with Run(config, folder, base, data) as run:
-            resumed = run.resume()
-            folder.describe(config, origin=origin, text=text)
-            data.ledger.write(folder.ledger)
-            folder.keep_held_out(data, config.evaluate.max_rows)
-            if run.trainee.step < run.total_steps:
-                predicted = rehearse(run, predicted, resumed=resumed is not None)
-            run.introduce(predicted, resumed)
-            run.begin(time.perf_counter() - began)
+        with stop.at_once("nothing was begun, so nothing is lost"):
+            base = load_base(config.base, trainable=config.train.method == "full")
+            data = prepare(config.data, base.tokenizer, seed=config.seed, stop_id=stop_id(base))
+            restart_peak(base.device)
+            predicted = plan(config, rows=data_size(data))
+            if predicted.recompute != "none" or config.train.gradient_checkpointing is True:
+                enable_checkpointing(base)
+        with Run(config, folder, base, data, stop) as run:
+            with stop.at_once("no step was taken, so nothing is lost"):
+                resumed = run.resume()
+                folder.describe(config, origin=origin, text=text)
+                data.ledger.write(folder.ledger)
+                folder.keep_held_out(data, config.evaluate.max_rows)
+                run.introduce(predicted, resumed)
+            run.settle()
             for step in train(
                 run.trainee,
                 run.micro_batches,
@@ -64,10 +64,11 @@ def finetune(
                 stop=lambda: stop() or run.stopped_early,
             ):
                 run.after(step)
-            if stop() and run.trainee.step < run.total_steps and not run.stopped_early:
+            if stop():
                 run.save()
                 raise Interrupted(
                     f"{stop()} after step {run.trainee.step} of {run.total_steps}: everything is "
                     "saved, and the same command resumes"
                 )
-            return run.finish(predicted, resumed)
+            with stop.at_once("every step is taken and saved, the result is not written"):
+                return run.finish(predicted, resumed)

@@ -11,9 +11,8 @@ from typing import Any
 
 from pennyweight.config import RunConfig
 from pennyweight.data.batch import Batch, collate
-from pennyweight.data.examples import Examples
 from pennyweight.data.prepare import Prepared
-from pennyweight.errors import ConfigError
+from pennyweight.errors import DiskError, Interrupted
 from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, paired, read_by
 from pennyweight.finetune.learner import micro_batches, trainee, what_learns
 from pennyweight.model import BaseModel
@@ -23,6 +22,7 @@ from pennyweight.runs import RunFolder, adapter_slot
 from pennyweight.train import (
     CheckpointState,
     Step,
+    StopRequest,
     load_latest,
     load_step,
     peak_memory_bytes,
@@ -36,8 +36,8 @@ from pennyweight.train import (
 
 __all__ = ["Run", "RunResult", "stop_id", "versions"]
 
-# Tokens evaluated at once, as long as memory does.
-EVALUATION_TOKENS = 4096
+# Settings that shape what is learned, or which step of it is best.
+SHAPES_THE_RUN = ("base.", "adapter.", "data.", "train.", "seed", "evaluate.max_rows")
 # Settings that may change between a run and its resumption: they do not touch what is learned.
 FREE_TO_CHANGE = frozenset(
     {
@@ -60,7 +60,6 @@ class RunResult:
     best_step: int
     trained_tokens: int
     train_seconds: float
-    seconds_to_first_step: float
     loss_before: float | None
     loss_after: float | None
     loss_change: dict[str, Any] | None
@@ -83,8 +82,10 @@ class Run:
         folder: RunFolder,
         base: BaseModel,
         data: Prepared,
+        stop: StopRequest,
     ) -> None:
         self.config, self.folder, self.base, self.data = config, folder, base, data
+        self.stop = stop
         self.slot = adapter_slot(config)
         self.parameters = what_learns(base, config)
         self.total_steps = config.train.max_steps or planned_steps(
@@ -98,9 +99,9 @@ class Run:
         self.best_step, self.best_loss, self.misses = 0, math.inf, 0
         self.loss_before: float | None = None
         self.train_seconds = 0.0
-        self.seconds_to_first_step = 0.0
-        self.evaluation_tokens = EVALUATION_TOKENS
         self.stopped_early = False
+        self.owes_evaluation = False  # of the step just taken
+        self.saved: tuple[int, bool] | None = None  # the step last saved, and what it owed
         self.notices: list[str] = []
         self.report = Report(folder.path, sinks=config.train.report_to)
 
@@ -114,43 +115,31 @@ class Run:
         """The epoch's micro-batches as indices of examples; a pure function of seed and epoch."""
         return micro_batches(self.config, self.data.train.lengths, epoch)
 
-    @property
-    def held_out_rows(self) -> Examples:
-        """The rows that evaluations of the run measure."""
-        return self.data.eval[: self.config.evaluate.max_rows]
-
     def collated(self, indices: Sequence[int]) -> Batch:
         return collate([self.data.train[i] for i in indices], self.slot)
 
     def resume(self) -> int | None:
-        """Take up the newest whole checkpoint, if there is one of this very run; gives its step.
-
-        None where there is none, or where it is of step 0.
-        """
+        """Take up the newest whole checkpoint, if there is one of this very run; gives its step."""
         found = load_latest(self.folder.checkpoints)
         if found is None:
             self.report.begin()
             return None
         state, passed_over = found
-        if state.step or passed_over:
-            require_same(state.identity, self.identity())
-        if state.step == 0:  # nothing was learned yet: begin anew
-            self.report.begin()
-        else:
-            self._restore(state)
-        for why in passed_over:
-            self.notice(f"passed over a checkpoint that is not whole: {why}")
-        return state.step or None
-
-    def _restore(self, state: CheckpointState) -> None:
+        require_same(state.identity, self.identity())
         self.trainee.restore(state.tensors, state.progress)
         restore_random(state.tensors)
         own = state.progress["run"]
         self.best_step, self.best_loss = own["best_step"], own["best_loss"] or math.inf
         self.misses, self.stopped_early = own["misses"], own["stopped_early"]
         self.loss_before, self.train_seconds = own["loss_before"], own["train_seconds"]
-        self.notices = own["notices"]
+        self.notices, self.owes_evaluation = own["notices"], own["owes_evaluation"]
         self.report.resume(own["events_offset"])
+        for name, number in versions().items():
+            if (before := state.progress["versions"].get(name)) != number:
+                self.notice(f"resumed with {name} {number}, so far it was {before}")
+        for why in passed_over:
+            self.notice(f"passed over a checkpoint that is not whole: {why}")
+        return state.step
 
     def introduce(self, predicted: Plan, resumed: int | None) -> None:
         """Say what is about to happen, and measure the base before anything is learned."""
@@ -170,12 +159,6 @@ class Run:
         if self.loss_before is not None:
             self.report.evaluation(0, self.loss_before)
 
-    def begin(self, seconds: float) -> None:
-        """Say how long it took to get here; the first step comes next."""
-        self.seconds_to_first_step = seconds
-        self.report.event("first_step", seconds=seconds)
-        self.report.say(f"first step after {seconds:.1f} s")
-
     def after(self, step: Step) -> None:
         """What follows an optimizer step: report, evaluate, checkpoint."""
         self.train_seconds += step.seconds
@@ -183,14 +166,30 @@ class Run:
         for notice in step.notices:
             self.notice(notice)
         last = step.number == self.total_steps
-        improved = False
-        if step.number % self.eval_every == 0 or last:
-            improved = self._evaluate(step.number)
-        if step.number % self.save_every == 0 or last or improved or self.stopped_early:
+        self.owes_evaluation = step.number % self.eval_every == 0 or last
+        self.settle()
+        if step.number % self.save_every == 0 or last:
+            self.save()
+
+    def settle(self) -> None:
+        """Make the evaluation that is due, and save what came of it. A stop request leaves it due:
+        the checkpoint says so, and the resumed run begins with it.
+        """
+        if not self.owes_evaluation:
+            return
+        try:
+            with self.stop.at_once("the evaluation is made when the run resumes"):
+                loss = self._held_out(self.slot)
+        except Interrupted:
+            return
+        self.owes_evaluation = False
+        if loss is not None and self._judge(loss):
             self.save()
 
     def save(self) -> None:
-        """A checkpoint of this instant; older ones make room."""
+        """A checkpoint of this instant, if there is none yet; older ones make room."""
+        if self.saved == (self.trainee.step, self.owes_evaluation):
+            return
         own = {
             "best_step": self.best_step,
             "best_loss": self.best_loss if self.best_step else None,
@@ -198,6 +197,7 @@ class Run:
             "loss_before": self.loss_before,
             "train_seconds": self.train_seconds,
             "stopped_early": self.stopped_early,
+            "owes_evaluation": self.owes_evaluation,
             "notices": self.notices,
             "events_offset": self.report.offset,
         }
@@ -208,17 +208,14 @@ class Run:
             identity=self.identity(),
         )
         save(self.folder.checkpoints, state)
+        self.saved = (self.trainee.step, self.owes_evaluation)
         retire(self.folder.checkpoints, self.config.train.save_total_limit, self.best_step)
 
     def finish(self, predicted: Plan, resumed: int | None) -> RunResult:
         """Write the best weights out, with the receipt and the picture."""
         steps, trained_tokens = self.trainee.step, self.trainee.trained_tokens_seen
         if self.best_step and self.best_step != self.trainee.step:
-            self.notice(
-                f"step {self.best_step} was best on the held-out rows; its weights are kept"
-            )
-            best = load_step(self.folder.checkpoints, self.best_step)
-            self.trainee.restore(best.tensors, best.progress)
+            self._take_up_best()
         change = self._change()
         result = RunResult(
             output_dir=str(self.folder.path),
@@ -226,7 +223,6 @@ class Run:
             best_step=self.best_step or steps,
             trained_tokens=trained_tokens,
             train_seconds=self.train_seconds,
-            seconds_to_first_step=self.seconds_to_first_step,
             loss_before=self.loss_before,
             loss_after=change["after"] if change else None,
             loss_change=change,
@@ -249,17 +245,18 @@ class Run:
         )
         self.report.event("finished", **result.to_dict())
         try:
-            plot_losses(read_events(self.folder.events), self.folder.picture)
-        except ConfigError as absent:
-            self.report.say(str(absent))
+            absent = plot_losses(read_events(self.folder.events), self.folder.picture)
+        except OSError as fault:
+            absent = f"no loss plot: {self.folder.picture}: {fault.strerror}"
+        if absent:
+            self.report.say(absent)
         return result
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint must share with the run that takes it up."""
         parts = {"data": self.data.fingerprint, "base": self.base.fingerprint}
         for key, value in _flat(self.config.model_dump(mode="json")):
-            group = key.partition(".")[0]
-            if group in ("base", "adapter", "data", "train", "seed") and key not in FREE_TO_CHANGE:
+            if key.startswith(SHAPES_THE_RUN) and key not in FREE_TO_CHANGE:
                 parts[key] = repr(value)
         return parts
 
@@ -268,11 +265,22 @@ class Run:
         self.report.event("notice", text=text)
         self.report.say(text)
 
-    def _evaluate(self, number: int) -> bool:
-        """Held-out loss now; whether it is the best so far."""
-        loss = self._held_out(self.slot)
-        if loss is None:
-            return False
+    def _take_up_best(self) -> None:
+        try:
+            best = load_step(self.folder.checkpoints, self.best_step)
+        except DiskError as fault:
+            self.notice(
+                f"step {self.best_step} was best on the held-out rows, but its weights cannot be "
+                f"read back, so those of the last step are kept: {fault}"
+            )
+            self.best_step = 0
+            return
+        self.notice(f"step {self.best_step} was best on the held-out rows; its weights are kept")
+        self.trainee.restore(best.tensors, best.progress)
+
+    def _judge(self, loss: float) -> bool:
+        """Log the held-out loss of the step just taken; whether a checkpoint must hold what followed."""
+        number = self.trainee.step
         self.report.evaluation(number, loss)
         improved = loss < self.best_loss
         self.misses = 0 if improved else self.misses + 1
@@ -284,18 +292,15 @@ class Run:
             self.notice(
                 f"no better held-out loss in {patience} evaluations: stopped at step {number}"
             )
-        return improved
+        return improved or self.stopped_early
 
     def _held_out(self, adapter: str | None) -> float | None:
         report = self._loss_report(adapter)
         return None if report is None else report.loss
 
     def _loss_report(self, adapter: str | None) -> LossReport | None:
-        rows = self.held_out_rows
-        if not len(rows):
-            return None
-        batches = in_batches(rows, budget_tokens=self.evaluation_tokens)
-        return evaluate_loss(self.base, read_by(batches, adapter))
+        rows = self.data.eval[: self.config.evaluate.max_rows]
+        return evaluate_loss(self.base, read_by(in_batches(rows), adapter)) if len(rows) else None
 
     def _change(self) -> dict[str, Any] | None:
         """Held-out loss before and after on the same rows, with the interval of the difference."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pennyweight.config import LoraConfig
 from pennyweight.errors import AdapterError
+from pennyweight.files import whole
 from pennyweight.lora.targets import ends_with, rank_of
 
 __all__ = [
@@ -271,9 +272,8 @@ def read_json(path: Path, absent: str) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(dict(tensors), partial, metadata={"format": "pt"})
-    partial.replace(path)
+    with whole(path) as partial:
+        save_file(dict(tensors), partial, metadata={"format": "pt"})
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -281,6 +281,5 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")

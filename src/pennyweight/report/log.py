@@ -46,7 +46,8 @@ class Report:
         self._pace = Pace()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            how = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+            self._file = os.open(self.path, how, 0o644)
         except OSError as error:
             raise _unwritable(self.path, error) from error
         self._opened_at = _cut_torn_line(self._file)
@@ -62,7 +63,7 @@ class Report:
         it is, and the event `log_changed` says so: training goes on.
         """
         ends_a_line = at_offset == 0 or (
-            at_offset <= self._opened_at and os.pread(self._file, 1, at_offset - 1) == b"\n"
+            at_offset <= self._opened_at and _read_at(self._file, 1, at_offset - 1) == b"\n"
         )
         if ends_a_line:
             self._keep(at_offset)
@@ -72,7 +73,7 @@ class Report:
     def _keep(self, offset: int) -> None:
         """Cut what an earlier run logged after `offset`; what was logged since opening moves up."""
         length = os.fstat(self._file).st_size
-        since = os.pread(self._file, length - self._opened_at, self._opened_at)
+        since = _read_at(self._file, length - self._opened_at, self._opened_at)
         os.ftruncate(self._file, offset)
         self._append(since)
         self._opened_at = offset
@@ -120,8 +121,11 @@ class Report:
         self.say(f"  held out after step {number}: loss {loss:.4f}")
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal."""
-        print(text, file=sys.stderr, flush=True)
+        """A line for the person at the terminal. That stderr is closed, or its disk full, is no
+        reason to end a run: its figures stand in the log.
+        """
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
     @property
     def offset(self) -> int:
@@ -168,7 +172,7 @@ def _cut_torn_line(file: int) -> int:
     length = end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - 65536)
-        newline = os.pread(file, end - start, start).rfind(b"\n")
+        newline = _read_at(file, end - start, start).rfind(b"\n")
         if newline >= 0:
             end = start + newline + 1
             break
@@ -176,6 +180,12 @@ def _cut_torn_line(file: int) -> int:
     if end != length:
         os.ftruncate(file, end)
     return end
+
+
+def _read_at(file: int, count: int, offset: int) -> bytes:
+    """As os.pread, which Windows lacks; writing appends wherever reading left off."""
+    os.lseek(file, offset, os.SEEK_SET)
+    return os.read(file, count)
 
 
 def _unwritable(path: Path, error: OSError) -> DiskError:

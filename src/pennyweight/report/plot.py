@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pennyweight.files import whole
 from pennyweight.report.log import read_events
 
 __all__ = ["plot_losses", "smoothed"]
@@ -50,7 +52,8 @@ def plot_losses(
     lower.locator_params(axis="y", nbins=3)
     for axes in (upper, lower):
         _quieten(axes)
-    figure.savefig(path)
+    with whole(Path(path)) as partial:
+        figure.savefig(partial, format=Path(path).suffix.lstrip(".") or "png")
     return None
 
 

@@ -20,6 +20,7 @@ from pennyweight.data.chat import Renderer
 from pennyweight.data.examples import Examples, load_folder, save_folder
 from pennyweight.data.prepare import Prepared, Question
 from pennyweight.errors import ConfigError, DiskError
+from pennyweight.files import whole
 from pennyweight.lora import Adapter, adapter_of, attach, described
 from pennyweight.model import BaseModel, load_base
 
@@ -103,7 +104,8 @@ class RunFolder:
         """Keep the rows to measure on, and what it takes to render text as training did."""
         rendering = dict(data.renderer.settings)
         if Path(rendering["template"]).is_file():
-            shutil.copyfile(rendering["template"], self.path / TEMPLATE)
+            with whole(self.path / TEMPLATE) as partial:
+                shutil.copyfile(rendering["template"], partial)
             rendering["template"] = TEMPLATE
         facts = {
             "rendering": rendering,
@@ -170,9 +172,8 @@ class RunFolder:
             )
 
     def _write(self, name: str, text: str) -> None:
-        partial = self.path / f".{name}.partial"
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.path / name)
+            with whole(self.path / name) as partial:
+                partial.write_text(text, encoding="utf-8")
         except OSError as fault:
             raise DiskError(f"{self.path / name}: cannot be written ({fault.strerror})") from fault

@@ -4,9 +4,7 @@ from pennyweight.train.checkpoint import (
     CheckpointState,
     load_latest,
     load_step,
-    random_tensors,
     require_same,
-    restore_random,
     retire,
     save,
     tidy,
@@ -16,12 +14,11 @@ from pennyweight.train.loop import StopRequest, planned_steps, train
 from pennyweight.train.memory import (
     disable_checkpointing,
     enable_checkpointing,
-    is_out_of_memory,
     peak_memory_bytes,
-    release_cached,
     restart_peak,
     saved_bytes,
 )
+from pennyweight.train.random_state import random_tensors, restore_random
 from pennyweight.train.trainee import Step, Trainee
 
 __all__ = [
@@ -32,13 +29,11 @@ __all__ = [
     "Trainee",
     "disable_checkpointing",
     "enable_checkpointing",
-    "is_out_of_memory",
     "load_latest",
     "load_step",
     "peak_memory_bytes",
     "planned_steps",
     "random_tensors",
-    "release_cached",
     "require_same",
     "restart_peak",
     "restore_random",

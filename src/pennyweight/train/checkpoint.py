@@ -7,9 +7,9 @@ any instant leaves either the whole folder or a hidden one that nobody reads and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -17,20 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pennyweight.errors import ConfigError, DiskError, DivergedError
+from pennyweight.files import make_folder, sync
 
 __all__ = [
     "CheckpointState",
     "load_latest",
     "load_step",
-    "random_tensors",
     "require_same",
-    "restore_random",
     "retire",
     "save",
     "steps_in",
@@ -40,6 +38,7 @@ __all__ = [
 _TENSORS, _PROGRESS, _MANIFEST = "state.safetensors", "progress.json", "MANIFEST.json"
 _FORMAT = 1
 _NAMED = re.compile(r"(?:\.replaced-)?step-(\d+)")
+_LEFT_BY_THE_DESKTOP = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+", re.I)
 _READ_BYTES = 1 << 20
 
 
@@ -68,20 +67,20 @@ def save(folder: Path, state: CheckpointState) -> Path:
     place = folder / f"step-{state.step:06d}"
     temporary = folder / f".saving-{place.name}"
     try:
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            _sync(folder.parent)
+        make_folder(folder)
         tidy(folder)
         temporary.mkdir()
         _write(temporary, state)
         if place.exists():
             place.rename(folder / f".replaced-{place.name}")
         temporary.rename(place)
-        _sync(folder)
-        _remove(folder / f".replaced-{place.name}")
-    except (OSError, SafetensorError) as fault:
-        shutil.rmtree(temporary, ignore_errors=True)
+        sync(folder)
+    except (OSError, SafetensorError, DiskError) as fault:
+        _remove(temporary)
+        with contextlib.suppress(DiskError):
+            tidy(folder)  # what was being replaced goes back to its place
         raise DiskError(_not_written(place, state, fault)) from fault
+    _remove(folder / f".replaced-{place.name}")
     return place
 
 
@@ -113,7 +112,7 @@ def retire(folder: Path, keep: int, best: int | None = None) -> list[Path]:
     verifies. Gives what was removed.
     """
     places = [place for place in _places(folder) if not place.name.startswith(".")]
-    kept = {place.name for place in places[:keep]} | ({f"step-{best:06d}"} if best else set())
+    kept = {place.name for place in places[:keep]} | {f"step-{best or 0:06d}"}
     kept |= {next((place.name for place in places if _verifies(place)), "")}
     removed = [place for place in places if place.name not in kept]
     for place in removed:
@@ -127,12 +126,19 @@ def retire(folder: Path, keep: int, best: int | None = None) -> list[Path]:
 
 
 def tidy(folder: Path) -> list[str]:
-    """Finish or remove what a killed save or retirement left; gives the names. Only for the folder's owner."""
+    """Finish or remove what a killed save or retirement left; gives the names. Only for the folder's
+    owner. DiskError: what was being replaced cannot be put back.
+    """
     found = []
     for left in sorted(folder.glob(".*-step-*")) if folder.is_dir() else []:
         kind, _, name = left.name.partition("-")
         if kind == ".replaced" and not (folder / name).exists():
-            left.rename(folder / name)
+            try:
+                left.rename(folder / name)
+            except OSError as fault:
+                raise DiskError(
+                    f"{left}: cannot be put back ({fault.strerror}); mend the folder's rights"
+                ) from fault
         elif kind in (".saving", ".replaced", ".retired"):
             _remove(left)
         else:
@@ -161,26 +167,6 @@ def require_same(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
         raise ConfigError.all(faults)
 
 
-def random_tensors() -> dict[str, Tensor]:
-    """torch's generators on every device. Nothing here draws from them (all draws are by counter),
-    but a person's own code might.
-    """
-    states = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        for number, state in enumerate(torch.cuda.get_rng_state_all()):
-            states[f"random/cuda:{number}"] = state
-    return states
-
-
-def restore_random(tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `random_tensors` gave, for the devices that are here."""
-    if "random/cpu" in tensors:
-        torch.set_rng_state(tensors["random/cpu"])
-    for number in range(torch.cuda.device_count()):
-        if (state := tensors.get(f"random/cuda:{number}")) is not None:
-            torch.cuda.set_rng_state(state, number)
-
-
 def _check_finite(state: CheckpointState) -> None:
     strange = [
         n for n, t in state.tensors.items() if t.is_floating_point() and not t.isfinite().all()
@@ -194,12 +180,12 @@ def _check_finite(state: CheckpointState) -> None:
 def _write(temporary: Path, state: CheckpointState) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
     save_file(tensors, temporary / _TENSORS)
-    _sync(temporary / _TENSORS)
+    sync(temporary / _TENSORS)
     progress = {"step": state.step, "progress": state.progress, "identity": state.identity}
     _write_bytes(temporary / _PROGRESS, _as_json(progress))
     files = {name: _measured(temporary / name) for name in (_TENSORS, _PROGRESS)}
     _write_bytes(temporary / _MANIFEST, _as_json({"format": _FORMAT, "files": files}))
-    _sync(temporary)
+    sync(temporary)
 
 
 def _read(place: Path) -> CheckpointState:
@@ -218,11 +204,14 @@ def _read(place: Path) -> CheckpointState:
 
 def _verify(place: Path) -> None:
     try:
+        beside = {path.name for path in place.iterdir()} - {_TENSORS, _PROGRESS, _MANIFEST}
         raw = (place / _MANIFEST).read_bytes()
         manifest = json.loads(raw)
         found = {name: _measured(place / name) for name in (_TENSORS, _PROGRESS)}
     except (OSError, ValueError) as fault:
         raise DiskError(f"{place}: not whole ({fault})") from fault
+    if strange := sorted(name for name in beside if not _LEFT_BY_THE_DESKTOP.fullmatch(name)):
+        raise DiskError(f"{place}: {', '.join(strange[:4])} was not written with it")
     # Compared as bytes, so that no flipped bit in the manifest itself goes unseen.
     if raw == _as_json({"format": _FORMAT, "files": found}):
         return
@@ -267,21 +256,8 @@ def _as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable. Windows cannot sync a folder."""
-    if os.name == "nt" and path.is_dir():
-        return
-    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    path.write_bytes(content)
+    sync(path)
 
 
 def _remove(place: Path) -> None:

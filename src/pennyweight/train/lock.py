@@ -11,11 +11,17 @@ import time
 from pathlib import Path
 
 from pennyweight.errors import ConfigError, DiskError
+from pennyweight.files import make_folder
 
-if sys.platform != "win32":  # there the file is written, but nothing holds a second run off
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
 
 __all__ = ["RunLock"]
+
+# Windows locks bytes and keeps others from reading them; this one is far behind the owner's name.
+_LOCKED_BYTE = 1 << 30
 
 
 class RunLock:
@@ -31,7 +37,7 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             number = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as fault:
             raise DiskError(
@@ -39,14 +45,12 @@ class RunLock:
                 "check its rights, or name another output_dir"
             ) from fault
         try:
-            self._take(number)
-            owner = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            }
-            os.ftruncate(number, 0)
-            os.pwrite(number, json.dumps(owner).encode(), 0)
+            if not _taken(number):
+                raise ConfigError(
+                    f"{self.path.parent}: another run is writing here ({_owner(number)}); wait "
+                    "for it, stop it, or name another output_dir"
+                )
+            _sign(number)
         except OSError as fault:
             os.close(number)
             raise DiskError(f"{self.path}: cannot be locked ({fault.strerror})") from fault
@@ -61,23 +65,38 @@ class RunLock:
             os.close(self._number)
             self._number = None
 
-    def _take(self, number: int) -> None:
+
+def _taken(number: int) -> bool:
+    """Whether the lock is ours now; False where a living process holds it."""
+    try:
         if sys.platform == "win32":
-            return
-        try:
+            os.lseek(number, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
+        else:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as fault:
-            if fault.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ConfigError(
-                f"{self.path.parent}: another run is writing here ({_owner(number)}); wait for "
-                "it, stop it, or name another output_dir"
-            ) from None
+    except OSError as fault:
+        if fault.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+def _sign(number: int) -> None:
+    """Name this process as the owner."""
+    owner = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    os.ftruncate(number, 0)
+    os.lseek(number, 0, os.SEEK_SET)
+    os.write(number, json.dumps(owner).encode())
 
 
 def _owner(number: int) -> str:
     try:
-        found = json.loads(os.pread(number, 4096, 0))
+        os.lseek(number, 0, os.SEEK_SET)
+        found = json.loads(os.read(number, 4096))
         return f"process {found['pid']} on {found['host']} since {found['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "its owner left no name"

@@ -6,11 +6,12 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any
 
 from pennyweight.data.batch import Batch
-from pennyweight.errors import Aborted
+from pennyweight.errors import Aborted, Interrupted
 from pennyweight.train.trainee import Step, Trainee
 
 __all__ = ["Step", "StopRequest", "planned_steps", "train"]
@@ -61,11 +62,14 @@ class StopRequest:
     """Listens for Ctrl-C and SIGTERM while it is open: the first asks, the second is Aborted.
 
     `with StopRequest() as stop: train(..., stop=stop)`; `stop()` is the signal's name, or None.
-    Signals reach the main thread only; elsewhere it listens to nothing, and `ask` does the asking.
+    A signal that was ignored before stays so (`nohup`, a shell's background jobs). Signals reach
+    the main thread only; elsewhere it listens to nothing, and `ask` does the asking.
     """
 
     def __init__(self) -> None:
         self._asked: str | None = None
+        self._twice = False
+        self._saved: str | None = None
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> str | None:
@@ -74,20 +78,51 @@ class StopRequest:
     def ask(self, why: str) -> None:
         self._asked = why
 
+    @contextmanager
+    def at_once(self, saved: str) -> Iterator[None]:
+        """Work that may be left unfinished: inside, the first request is Interrupted there and then.
+
+        `saved` says what that loses, or that it loses nothing.
+        """
+        before, self._saved = self._saved, saved
+        try:
+            if self._asked is None:
+                yield
+        except _Now:
+            if self._twice:
+                raise
+        finally:
+            self._saved = before
+        if self._asked is not None:
+            raise Interrupted(f"{self._asked}: {saved}; the same command resumes")
+
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._hear)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._hear)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, _kind: object, fault: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before or signal.SIG_DFL)
+        self._before = {}
+        if isinstance(fault, _Now):
+            raise Aborted(
+                f"{fault} came after {self._asked}: stopped at once, nothing more is saved"
+            ) from None
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._asked is not None:
-            raise Aborted(
-                f"{name} came after {self._asked}: stopped at once, nothing more is saved"
-            )
+            self._twice = True
+            raise _Now(name)
         self._asked = name
+        if self._saved is not None:
+            raise _Now(name)
+
+
+class _Now(KeyboardInterrupt):
+    """Raised where the signal found us. As Ctrl-C it passes every `except Exception` on its way."""

@@ -75,6 +75,7 @@ class Trainee:
         self.epoch = 0
         self.micro_batch = 0
         self.micro_batches_seen = 0
+        self.rows_seen = 0
         self.trained_tokens_seen = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -102,21 +103,6 @@ class Trainee:
             waiting = list(range(len(self._window)))
         return self._sums[-1]
 
-    def rehearse(self, batch: Batch, *, accumulating: bool = False) -> tuple[str, ...]:
-        """A forward and backward over `batch` that leaves nothing behind but `limit_tokens`.
-
-        With `accumulating` a second one runs beside the gradients of the first, as in a step of
-        several micro-batches. Gives what there is to say of it; MemoryExhausted as above.
-        """
-        assert not self._window, "a rehearsal stands between optimizer steps"
-        try:
-            for _ in range(2 if accumulating else 1):
-                self.forward_backward(batch)
-            return tuple(self._notices)
-        finally:
-            self._drop_gradients()
-            self._window, self._notices = [], []
-
     def advance(self, micro_batches: int, *, of: int) -> float:
         """Move on in an epoch of `of` micro-batches; gives the passes over the data made so far."""
         self.micro_batch += micro_batches
@@ -138,6 +124,7 @@ class Trainee:
         rate = self.learning_rate_at(self.step)
         self.step += 1
         self.micro_batches_seen += len(self._window)
+        self.rows_seen += sum(len(batch.sources) for batch in self._window)
         finite = math.isfinite(sum(losses)) and math.isfinite(summed_norm)
         if not finite:
             self._skip(losses, summed_norm)
@@ -272,6 +259,7 @@ _PROGRESS = (
     "epoch",
     "micro_batch",
     "micro_batches_seen",
+    "rows_seen",
     "trained_tokens_seen",
     "skipped_steps",
     "skipped_in_a_row",
