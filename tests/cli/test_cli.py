@@ -332,7 +332,9 @@ def test_merge_passes_the_base_it_is_told(run: Any, room: Any) -> None:
     assert said == {"folder": "merged", "onto": "original"}
 
 
-def test_preview_colours_what_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_colours_what_is_trained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rich.console import Console
 
     row = SimpleNamespace(
@@ -340,18 +342,51 @@ def test_preview_colours_what_is_trained(capsys: pytest.CaptureFixture[str]) -> 
         tokens=9,
         trained_tokens=4,
         length_before_cut=12,
+        part="train",
+        dropped=None,
         segments=(
-            SimpleNamespace(text="what? [x]", trained=False),
-            SimpleNamespace(text="that", trained=True),
+            SimpleNamespace(text="what? [x]", trained=False, cut=False),
+            SimpleNamespace(text="that", trained=True, cut=False),
+            SimpleNamespace(text=" and this", trained=True, cut=True),
         ),
     )
-    console = Console(force_terminal=True, color_system="standard", width=80)
-    console.print(show.preview([row], ["train: 1 of 2 rows"]))
+    gone = SimpleNamespace(**{**vars(row), "dropped": "too long", "part": "eval", "segments": ()})
+    terminal = Console(force_terminal=True, color_system="standard", width=80)
+    monkeypatch.setattr(show, "_console", lambda: terminal)
+    terminal.print(show.preview([row, gone], ["train: 1 of 2 rows"]))
     said = capsys.readouterr().out
     assert "my.jsonl:1: 9 tokens, 4 trained, 3 cut off" in said
+    assert "my.jsonl:1 (held out): left out: too long" in said
     assert "\x1b[2mwhat? [x]" in said
     assert "\x1b[32mthat" in said
+    assert "\x1b[31m and this" in said
     assert "train: 1 of 2 rows" in said
+    # Where nothing is coloured, marks stand in its place.
+    monkeypatch.setattr(show, "_console", lambda: Console(width=80))
+    show._console().print(show.preview([row], []))
+    assert "what? [x]⟦that⟧✂⟦ and this⟧" in capsys.readouterr().out
+
+
+def test_preview_shows_rows_and_then_refuses(run: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": "" if i > 5 else f"c{i}"} for i in range(10)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = tmp_path / "run.yaml"
+    described.write_text(
+        f"data: {{train: {tmp_path / 'my.jsonl'}, eval_fraction: 0}}\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    preview = ("preview", str(described), "--row", "my.jsonl:2", "--out", str(tmp_path / "seen"))
+    ended = run(*preview)
+    assert ended.code == 65
+    assert "c1" in ended.out
+    assert "data.max_dropped_share: 4 of 10 rows (40.00%)" in ended.err
+    assert (tmp_path / "seen" / "ledger.jsonl").read_text().count("\n") == 10
+    told, error = run(*preview, "--json").out.splitlines()
+    assert json.loads(told)["shown"][0]["source"] == "my.jsonl:2"
+    assert json.loads(error)["error"]["exit_code"] == 65
+    trained = run("train", str(described))
+    assert trained.code == 65
+    assert trained.err.splitlines()[-4:] == ended.err.splitlines()[-4:]
+    assert run(*preview, "data.max_dropped_share=0.5").code == 0
 
 
 def test_doctor_and_plan_make_tables(run: Any, room: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pennyweight.data import prepare as room
 from pennyweight.data.dataset import weighted
 from pennyweight.data.hub import chosen_files
 from pennyweight.data.prepare import Prepared, prepare
-from pennyweight.data.preview import draw, preview
+from pennyweight.data.preview import named_rows, preview
 from pennyweight.errors import DataError
 
 Run = Callable[..., Prepared]
@@ -123,7 +123,8 @@ def test_a_split_seed_holds_the_same_rows_out_whatever_the_seed(run: Run, tmp_pa
 
 def test_one_question_for_all_rows_is_split_by_row(run: Run, tmp_path: Path) -> None:
     rows = [{"prompt": "Tell a story.", "completion": f"story {i}"} for i in range(100)]
-    prepared = run(train=write(tmp_path / "my.jsonl", rows * 2), eval_fraction=0.1)
+    file = write(tmp_path / "my.jsonl", rows * 2)
+    prepared = run(train=file, eval_fraction=0.1, max_duplicate_share=0.5)
     assert "no row is on both sides" in " ".join(prepared.ledger.notes)
     assert 0 < len(prepared.eval) < 60
     seen = [{e.ids.tobytes() for e in part} for part in (prepared.train, prepared.eval)]
@@ -132,7 +133,8 @@ def test_one_question_for_all_rows_is_split_by_row(run: Run, tmp_path: Path) -> 
 
 def test_questions_are_prompts_as_served(run: Run, tmp_path: Path) -> None:
     file = write(tmp_path / "my.jsonl", pairs(10))
-    prepared = run(train=file, eval=write(tmp_path / "dev.jsonl", pairs(3)))
+    dev = write(tmp_path / "dev.jsonl", pairs(3))
+    prepared = run(train=file, eval=dev, max_leaked_share=1)
     assert prepared.references == ["answer 0", "answer 1", "answer 2"]
     example, question = prepared.eval[0], prepared.questions[0]
     start = int(np.flatnonzero(example.trained)[0])
@@ -144,7 +146,7 @@ def test_sources_mix_by_weight(run: Run, tmp_path: Path) -> None:
     one = write(tmp_path / "one.jsonl", pairs(10))
     two = write(tmp_path / "two.jsonl", pairs(10))
     sources = [Source(path=one, weight=0.5), Source(path=two, weight=2.3)]
-    prepared = run(train=sources, eval_fraction=0)
+    prepared = run(train=sources, eval_fraction=0, max_duplicate_share=1)
     names = [source.split(":")[0] for source in prepared.train.sources]
     assert (names.count("one.jsonl"), names.count("two.jsonl")) == (5, 23)
     assert weighted(10, 2.3, seed=0, name="a") == weighted(10, 2.3, seed=0, name="a")
@@ -170,15 +172,17 @@ def test_files_of_one_name_are_told_apart(run: Run, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         files.append(write(tmp_path / folder / "my.jsonl", pairs(2)))
-    prepared = run(train=files, eval_fraction=0)
+    prepared = run(train=files, eval_fraction=0, max_duplicate_share=1)
     assert prepared.train.sources == [f"{file}:{line}" for file in files for line in (1, 2)]
 
 
 def test_data_that_trains_nothing_is_refused(run: Run, tmp_path: Path) -> None:
     file = write(tmp_path / "my.jsonl", [{"prompt": "a", "completion": ""}] * 3)
-    with pytest.raises(DataError, match=r"none of 3 rows.*\n3 rows: the answer is empty"):
+    with pytest.raises(DataError, match=r"none of 3 rows.*\n  3 rows: the answer is empty"):
         run(train=file, eval_fraction=0)
-    with pytest.raises(DataError, match="every one of 5 rows is longer than 20"):
+    with pytest.raises(
+        DataError, match=r"max_cut_share: 5 of 5 rows .* longer than data.max_length 20"
+    ):
         run(
             train=write(tmp_path / "long.jsonl", [{"prompt": "a", "completion": "b" * 99}] * 5),
             max_length=20,
@@ -215,8 +219,11 @@ def test_hub_files_of_a_split() -> None:
 
 def test_builtin(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(split: str) -> list[dict[str, Any]]:
-        talk = [{"role": "user", "content": split}, {"role": "assistant", "content": "{}"}]
-        return [{"messages": talk, "source": f"{split}.py:{i}"} for i in range(3)]
+        answer = {"role": "assistant", "content": "{}"}
+        asked = [{"role": "user", "content": f"{split} {i}"} for i in range(3)]
+        return [
+            {"messages": [ask, answer], "source": f"{split}.py:{i}"} for i, ask in enumerate(asked)
+        ]
 
     monkeypatch.setattr("pennyweight.builtin.task.rows", rows)
     prepared = run(train="builtin")
@@ -234,9 +241,51 @@ def test_preview_marks_what_is_trained(run: Run, tmp_path: Path) -> None:
     assert [segment.trained for segment in shown[0].segments] == [False, True]
     assert shown[0].segments[1].text.startswith("Ja ☂!")
     assert shown[0].tokens == len(prepared.train[0].ids)
-    pytest.importorskip("matplotlib")
-    draw(prepared.ledger, tmp_path / "ledger.png", max_length=1024)
-    assert (tmp_path / "ledger.png").stat().st_size > 1000
+
+
+def test_any_row_can_be_looked_at(run: Run, tmp_path: Path) -> None:
+    rows = [
+        *pairs(40),
+        {"prompt": "x", "completion": " "},
+        {"prompt": "y", "completion": "long " * 50},
+    ]
+    held = [{"prompt": "z", "completion": "held"}]
+    settings: dict[str, Any] = {
+        "train": write(tmp_path / "my.jsonl", rows),
+        "eval": write(tmp_path / "dev.jsonl", held),
+        "max_length": 60,
+    }
+    prepared, config = run(**settings), DataConfig(**settings)
+    fifth, empty, cut = named_rows(prepared, config, ["my.jsonl:5", "41", "42"])
+    assert [s.text for s in fifth.segments if s.trained] == ["answer 4<|im_end|>"]
+    assert (fifth.part, fifth.dropped, fifth.tokens) == ("train", None, fifth.length_before_cut)
+    assert empty.dropped == "the answer is empty"
+    assert "user: x" in empty.segments[0].text
+    assert cut.tokens == 60 < cut.length_before_cut
+    kept, lost = ["".join(s.text for s in cut.segments if s.cut is gone) for gone in (False, True)]
+    assert (kept + lost).endswith("long " * 50 + "<|im_end|>")
+    assert "y" in kept
+    assert cut.segments[-1].trained
+    assert cut.segments[-1].cut
+    assert cut.trained_tokens < sum(len(s.text) for s in cut.segments if s.trained)
+    # Line 1 of each of the two files.
+    assert [row.part for row in named_rows(prepared, config, ["1"])] == ["train", "eval"]
+    with pytest.raises(DataError, match=r'my.jsonl:99: no such row.*did you mean "my.jsonl:9"'):
+        named_rows(prepared, config, ["my.jsonl:99"])
+
+
+def test_a_row_too_long_is_shown_whole(run: Run, tmp_path: Path) -> None:
+    rows = [*pairs(20), {"prompt": "y", "completion": "long " * 50}]
+    settings: dict[str, Any] = {
+        "train": write(tmp_path / "my.jsonl", rows),
+        "eval_fraction": 0,
+        "max_length": 60,
+        "overlong": "drop",
+    }
+    (shown,) = named_rows(run(**settings), DataConfig(**settings), ["21"])
+    assert "over data.max_length 60" in (shown.dropped or "")
+    assert (shown.tokens, shown.trained_tokens) == (0, 0)
+    assert "".join(s.text for s in shown.segments).endswith("long <|im_end|>")
 
 
 def test_e2e_from_its_csv(shared_data: Path, stories_tokenizer: Any, tmp_path: Path) -> None:
@@ -259,7 +308,8 @@ def test_e2e_from_its_csv(shared_data: Path, stories_tokenizer: Any, tmp_path: P
 def test_duplicates_of_alpaca_land_on_one_side(
     shared_data: Path, stories_tokenizer: Any, tmp_path: Path
 ) -> None:
-    config = DataConfig(train=str(shared_data / "sft/formats/alpaca_en_demo.json"))
+    file = shared_data / "sft/formats/alpaca_en_demo.json"
+    config = DataConfig(train=str(file), max_length=2048)
     prepared = prepare(config, stories_tokenizer, seed=3, cache_dir=tmp_path)
     seen = [{e.ids.tobytes() for e in part} for part in (prepared.train, prepared.eval)]
     assert not seen[0] & seen[1]

@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pennyweight.report import Report, plot_losses
+from pennyweight.report import Report, plot_losses, plot_rows
 from pennyweight.report.plot import smoothed
 
 STEPS = [{"kind": "step", "number": n, "loss": 2 / n, "learning_rate": 1e-4} for n in range(1, 30)]
@@ -51,3 +52,28 @@ def test_smoothing_has_no_lag_and_keeps_a_constant() -> None:
     assert smoothed(ramp, span=8)[100] == pytest.approx(100, abs=0.1)
     assert smoothed(ramp, span=1) == ramp
     assert smoothed([], span=5) == []
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ([30, 40, 900], [10, 12, 100], [0, 0, 400], {"the answer is empty": 3}),
+        ([5], [2], [0], {}),
+        ([10, 12, 90_000], [1, 2, 3], [0, 0, 89_000], {"why " * 60: 1}),
+        ([], [], [], {"no assistant turn": 7}),
+    ],
+)
+def test_rows_are_drawn_whatever_became_of_them(tmp_path: Path, rows: Any) -> None:
+    pytest.importorskip("matplotlib")
+    *columns, dropped = rows
+    picture = tmp_path / "ledger.png"
+    assert plot_rows(*columns, picture, max_length=500, dropped=dropped) is None
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_picture_of_rows_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = plot_rows([3], [1], [0], tmp_path / "a.png", max_length=9, dropped={})
+    assert "pennyweight[plots]" in (said or "")

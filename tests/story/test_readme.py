@@ -56,7 +56,11 @@ def test_the_six_commands(in_an_empty_folder, capsys):
     assert verbs == ["init", "preview", "train", "evaluate", "chat", "merge"]
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{q}!"}]}
-        for q in ("red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon") * 3
+        for n in ("a", "the", "this")
+        for q in (
+            f"{n} {word}"
+            for word in ["red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon"]
+        )
     ]
     Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command("init", "--model", "builtin", "--data", "my.jsonl")

@@ -152,20 +152,34 @@ def checks(found: Iterable[Any]) -> Any:
 
 
 def preview(shown: Iterable[Any], lines: Iterable[str]) -> Any:
-    """Rows as the model reads them; trained text in green, the rest dim."""
+    """Rows as the model reads them: what is trained in green, what is cut off in red, the rest dim.
+
+    Where there is no colour, trained text stands between ⟦ and ⟧, and what is cut off follows ✂.
+    """
     from rich.console import Group
     from rich.text import Text
 
+    marked = _console().color_system is None
     parts: list[Any] = []
     for row in shown:
-        cut = row.length_before_cut - row.tokens
-        told = f"{row.source}: {row.tokens:,} tokens, {row.trained_tokens:,} trained"
-        parts.append(Text(told + (f", {cut:,} cut off" if cut > 0 else ""), style="bold"))
         text = Text()
         for segment in row.segments:
-            text.append(segment.text, style="green" if segment.trained else "dim")
-        parts += [text, Text()]
+            style = "green" if segment.trained else "dim"
+            before, after = ("⟦", "⟧") if marked and segment.trained else ("", "")
+            if marked and segment.cut:
+                before = "✂" + before
+            text.append(before + segment.text + after, style="red" if segment.cut else style)
+        parts += [Text(_headline(row), style="bold"), text, Text()]
     return Group(*parts, *(Text(line) for line in lines))
+
+
+def _headline(row: Any) -> str:
+    held = " (held out)" if row.part == "eval" else ""
+    if row.dropped:
+        return f"{row.source}{held}: left out: {row.dropped}"
+    cut = row.length_before_cut - row.tokens
+    told = f"{row.source}{held}: {row.tokens:,} tokens, {row.trained_tokens:,} trained"
+    return told + (f", {cut:,} cut off" if cut > 0 else "")
 
 
 def plan(said: Any) -> Any:

@@ -75,23 +75,30 @@ def preview(
     run: RunFile,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="A row to show, as file:line or line; again for more."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A folder for the ledger of all rows and its histogram.")
+        Path | None, typer.Option(help="A folder for the ledger of all rows and its picture.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show rows as the model reads them, trained tokens in green.
 
-    What was cut or dropped is counted below them.
+    What was cut or dropped is counted below them. Ends as train would where it refuses the data.
     """
     from pennyweight.config import load_run
 
     with show.Printer(as_json) as printer:
         config = load_run(run, overrides or ()).config
+        from pennyweight.errors import DataError
         from pennyweight.finetune import look
 
-        seen = look(config, rows, out=out)
+        seen = look(config, rows, named=row or (), out=out)
         printer.give(seen.to_dict(), lambda: show.preview(seen.shown, seen.lines))
+        if seen.refusal:
+            raise DataError.all(seen.refusal)
 
 
 @app.command()

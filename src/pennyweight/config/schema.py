@@ -194,6 +194,24 @@ class DataConfig(_Frozen):
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are trained: every assistant turn, the last one, or everything."""
 
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Refuse the data when more of its rows than this share would be left out: empty answers, no trained token, too long."""
+
+    max_cut_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Refuse the data when more of its rows than this share would lose the end of an answer to `max_length`, the stop token with it."""
+
+    max_duplicate_share: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Refuse the data when more of its rows than this share have the very tokens of an earlier row."""
+
+    max_leaked_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Refuse the data when more of the held-out rows than this share are trained on too."""
+
+    max_unknown_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Refuse the data when more of its tokens than this share are the tokenizer's unknown token."""
+
+    min_trained_share: Annotated[float, Field(ge=0, le=1)] = 0.002
+    """Refuse the data when fewer of its tokens than this share are trained."""
+
 
 class TrainConfig(_Frozen):
     """How the adapter, or the whole model, is trained."""

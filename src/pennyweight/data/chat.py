@@ -10,7 +10,9 @@ each trained turn, so that the law still holds.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, Literal
 
 import numpy as np
@@ -77,6 +79,17 @@ class Renderer:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids on which generation must stop."""
         return tuple(sorted({i for s in self._surfaces.values() for i in s.stop_ids}))
+
+    @property
+    def unknown_id(self) -> int | None:
+        """What stands for text without a token; None where that id has another meaning too."""
+        return None if self._codec.unknown_id in self.stop_ids else self._codec.unknown_id
+
+    def uncut(self) -> Renderer:
+        """The same for rows of any length, to look at what a cut would take."""
+        whole = copy(self)
+        whole.max_length = sys.maxsize
+        return whole
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the rendering; plain JSON."""
@@ -211,7 +224,9 @@ class Renderer:
             elif length > self.max_length and self.overlong == "drop":
                 reason = f"{length} tokens, over data.max_length {self.max_length}"
             elif not row.trained[: self.max_length].any():
-                reason = f"no trained token in the first {self.max_length} of {length}"
+                reason = (
+                    f"no trained token in the first {self.max_length} of {length} (data.max_length)"
+                )
             else:
                 examples.append(
                     Example(

@@ -34,6 +34,9 @@ class Codec:
         self.added_ids = frozenset(backend.get_added_tokens_decoder())
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
+        others = {self.bos_id, self.eos_id, tokenizer.pad_token_id}
+        unknown = tokenizer.unk_token_id
+        self.unknown_id: int | None = None if unknown in others else unknown
         with_specials = backend.encode("a", add_special_tokens=True).ids
         without = backend.encode("a", add_special_tokens=False).ids
         self.adds_bos = (

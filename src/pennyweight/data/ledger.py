@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,9 @@ __all__ = ["Ledger", "LedgerRow"]
 class LedgerRow:
     """One source row. `tokens`: before the cut; `cut`: tokens lost to max_length; `times`: by weight.
 
-    A row whose turns became several examples counts them all.
+    A row ends with the stop token of its last trained turn, so one that is cut loses at least that.
+    `unknown`: tokens that stand for text the tokenizer has no token for. `same_as`: the first row
+    with the same tokens. A row whose turns became several examples counts them all.
     """
 
     source: str
@@ -29,6 +32,8 @@ class LedgerRow:
     cut: int
     times: int = 1
     dropped: str | None = None
+    unknown: int = 0
+    same_as: str | None = None
 
     def values(self) -> list[str | int | None]:
         """In the order of the fields: `LedgerRow(*row.values()) == row`."""
@@ -57,6 +62,8 @@ class Ledger:
             "trained_tokens": sum(row.trained_tokens * row.times for row in kept),
             "cut_rows": sum(row.cut > 0 for row in kept),
             "cut_tokens": sum(row.cut * row.times for row in kept),
+            "unknown_tokens": sum(row.unknown * row.times for row in kept),
+            "repeated_rows": sum(row.same_as is not None for row in kept),
             "dropped": len(rows) - len(kept),
             "dropped_why": dict(_reasons(rows)),
         }
@@ -74,6 +81,7 @@ class Ledger:
                 f"({s['cut_tokens']:,} tokens lost), {s['dropped']:,} dropped"
             )
             said += [f"  dropped {n:,}: {why}" for why, n in s["dropped_why"].items()]
+            said += [f"  {s[name]:,} {what}" for name, what in _ALSO.items() if s[name]]
         return [*said, *self.notes]
 
     def write(self, path: Path) -> None:
@@ -83,13 +91,19 @@ class Ledger:
                 file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
 
+_ALSO = {
+    "unknown_tokens": "tokens stand for text that the tokenizer has no token for",
+    "repeated_rows": "rows have the same tokens as an earlier one",
+}
+
+
 def _reasons(rows: Sequence[LedgerRow]) -> list[tuple[str, int]]:
     """Alike reasons together, told by one of them."""
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for row in rows:
         if row.dropped is not None:
-            alike = "".join("#" if c.isdigit() else c for c in row.dropped)[:80]
+            alike = re.sub(r"\d+", "#", row.dropped)[:80]
             first.setdefault(alike, row.dropped)
             counts[alike] += 1
     return [(first[alike], count) for alike, count in counts.most_common(10)]

@@ -23,13 +23,15 @@ from pennyweight.data.chat import Renderer
 from pennyweight.data.conversation import Conversation, Dropped, Example
 from pennyweight.data.examples import Examples, load_folder, save_folder
 from pennyweight.data.ledger import Ledger, LedgerRow
+from pennyweight.data.limits import LIMITS, past_limits
 from pennyweight.data.read import Faults
 from pennyweight.errors import DataError
 
-__all__ = ["Prepared", "Question", "prepare"]
+__all__ = ["Prepared", "Question", "located", "prepare"]
 
-_VERSION = 1  # of what the cache holds; raised when rendering changes
+_VERSION = 2  # of what the cache holds; raised when rendering changes
 _ROWS_AT_ONCE = 2000
+_SHAPES_NO_IDS = {"train", "eval", "packing", "split_seed", *LIMITS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +70,39 @@ def prepare(
     seed: int,
     stop_id: int | None = None,
     cache_dir: Path | None = None,
+    limited: bool = True,
 ) -> Prepared:
-    """Read, render, split and count; DataError names every fault, or says why nothing would train.
+    """Read, render, split and count; DataError names every fault, and each limit the data is past.
 
     `stop_id`: what ends a document where the template names nothing; default the tokenizer's EOS.
-    `cache_dir`: default `$PENNYWEIGHT_CACHE`, else `~/.cache/pennyweight`.
+    `cache_dir`: default `$PENNYWEIGHT_CACHE`, else `~/.cache/pennyweight`. `limited` False gives
+    data past its limits too, for a caller that shows it.
     """
+    prepared = _cached_or_made(
+        config, tokenizer, seed=seed, stop_id=stop_id, cache=cache_dir or _default_cache()
+    )
+    if limited and (past := past_limits(prepared.ledger, config)):
+        raise DataError.all(past)
+    return prepared
+
+
+def _cached_or_made(
+    config: DataConfig, tokenizer: Any, *, seed: int, stop_id: int | None, cache: Path
+) -> Prepared:
     seed = seed if config.split_seed is None else config.split_seed
-    training, held = _located(config)
+    training, held = located(config)
     settings = {
         "version": _VERSION,
-        "data": config.model_dump(mode="json", exclude={"train", "eval", "packing", "split_seed"}),
-        "train": [_said(located) for located in training],
-        "eval": None if held is None else [_said(located) for located in held],
+        "data": config.model_dump(mode="json", exclude=_SHAPES_NO_IDS),
+        "train": [_said(source) for source in training],
+        "eval": None if held is None else [_said(source) for source in held],
         "tokenizer": _tokenizer_sha256(tokenizer),
         "stop_id": stop_id,
         "seed": seed,
         "surface": _surface_text(config, tokenizer),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = (cache_dir or _default_cache()) / "data" / key
+    folder = cache / "data" / key
     if (cached := load_folder(folder)) is not None:
         return _from_cache(*cached, config, tokenizer, stop_id, key)
     prepared, facts = _made(config, tokenizer, training, held, seed=seed, stop_id=stop_id, key=key)
@@ -102,13 +117,14 @@ def prepare(
     return prepared
 
 
-def _located(
+def located(
     config: DataConfig,
 ) -> tuple[list[dataset.Located], list[dataset.Located] | None]:
+    """The sources to train on and those to hold out, None where rows are set apart."""
     training = dataset.locate(config.train, config)
     if config.eval is not None:
         return training, dataset.locate(config.eval, config)
-    if config.eval_fraction and all(located.source.path == "builtin" for located in training):
+    if config.eval_fraction and all(each.source.path == "builtin" for each in training):
         return training, dataset.locate(Source(path="builtin", split="eval"), config)
     return training, None
 
@@ -139,15 +155,14 @@ def _made(
         train_rows, times = [train_rows[i] for i in kept], [times[i] for i in kept]
         together = "no question" if by == "prompt" else "no row"
         notes.append(f"held out {len(apart):,} rows by hash; {together} is on both sides")
-    else:
-        notes += _leaks(train_rows, eval_rows)
 
     renderer = _renderer(config, tokenizer, stop_id, _resolved(config, tokenizer, train_rows))
     notes += renderer.describe()["notes"]
-    train, train_ledger, index = _rendered(renderer, train_rows, times, "train")
-    evaluated, eval_ledger, _ = _rendered(renderer, eval_rows, [1] * len(eval_rows), "eval")
+    seen: dict[bytes, str] = {}
+    train, train_ledger, index = _rendered(renderer, train_rows, times, "train", seen)
+    evaluated, eval_ledger, _ = _rendered(renderer, eval_rows, [1] * len(eval_rows), "eval", seen)
+    notes += _leaks(train_ledger, eval_ledger)
     ledger = Ledger((*train_ledger, *eval_ledger), tuple(notes))
-    _refuse_useless(train, ledger, config)
     questions = _questions(renderer, eval_rows, evaluated)
     repeated = np.repeat(np.arange(len(train)), [times[row] for row in index])
     prepared = Prepared(train.subset(repeated), evaluated, questions, ledger, renderer, key)
@@ -189,9 +204,9 @@ def _read(
     rows: list[Conversation] = []
     times: list[int] = []
     notes = []
-    for located in sources:
-        found = dataset.read(located, config.columns, faults)
-        source = located.source
+    for place in sources:
+        found = dataset.read(place, config.columns, faults)
+        source = place.source
         indices = dataset.weighted(
             len(found.conversations), source.weight, seed=seed, name=source.path
         )
@@ -200,7 +215,7 @@ def _read(
         rows += [conversation for conversation, _ in taken]
         times += [count for _, count in taken]
         weight = "" if source.weight == 1 else f", weight {source.weight:g}: {len(indices):,}"
-        found_by = "found" if located.format == "auto" else "named"
+        found_by = "found" if place.format == "auto" else "named"
         notes.append(
             f"{source.path}: {len(found.conversations):,} rows{weight}, "
             f"format {found.format} ({found_by})"
@@ -235,9 +250,16 @@ def _renderer(
 
 
 def _rendered(
-    renderer: Renderer, rows: Sequence[Conversation], times: Sequence[int], part: str
+    renderer: Renderer,
+    rows: Sequence[Conversation],
+    times: Sequence[int],
+    part: str,
+    seen: dict[bytes, str],
 ) -> tuple[Examples, list[LedgerRow], list[int]]:
-    """Examples, the ledger of their rows, and for each example the row it came from."""
+    """Examples, the ledger of their rows, and for each example the row it came from.
+
+    `seen` holds the first row of each sequence of tokens, and is added to.
+    """
     examples: list[Example] = []
     ledger: list[LedgerRow] = []
     index: list[int] = []
@@ -248,30 +270,38 @@ def _rendered(
             if isinstance(outcome, Dropped):
                 ledger.append(LedgerRow(source, part, 0, 0, 0, 0, count, outcome.reason))
                 continue
-            whole = sum(e.length_before_cut for e in outcome)
-            kept = sum(len(e.ids) for e in outcome)
-            trained = sum(int(e.trained.sum()) for e in outcome)
-            ledger.append(
-                LedgerRow(source, part, len(outcome), whole, trained, whole - kept, count)
-            )
+            ledger.append(_counted(outcome, source, part, count, renderer.unknown_id, seen))
             examples += outcome
             index += [number] * len(outcome)
     return Examples.of(examples), ledger, index
 
 
-def _refuse_useless(train: Examples, ledger: Ledger, config: DataConfig) -> None:
-    rows = ledger.part("train")
-    summary = ledger.summary()
-    if not len(train):
-        reasons = [f"{n:,} rows: {why}" for why, n in summary["dropped_why"].items()]
-        raise DataError.all([f"data.train: none of {len(rows):,} rows can be trained on", *reasons])
-    if summary["cut_rows"] == summary["kept"]:
-        longest = max(row.tokens for row in rows)
-        raise DataError(
-            f"data.max_length: every one of {summary['kept']:,} rows is longer than "
-            f"{config.max_length} tokens, so no stop token would be trained; raise it (the longest "
-            f"has {longest:,})"
-        )
+def _counted(
+    examples: Sequence[Example],
+    source: str,
+    part: str,
+    times: int,
+    unknown_id: int | None,
+    seen: dict[bytes, str],
+) -> LedgerRow:
+    """The ledger's line for a row that became these examples."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        digest.update(example.ids.tobytes() + b"\0" + example.trained.tobytes())
+    first = seen.setdefault(digest.digest(), source)
+    whole = sum(e.length_before_cut for e in examples)
+    unknown = 0 if unknown_id is None else sum(int((e.ids == unknown_id).sum()) for e in examples)
+    return LedgerRow(
+        source,
+        part,
+        len(examples),
+        whole,
+        sum(int(e.trained.sum()) for e in examples),
+        whole - sum(len(e.ids) for e in examples),
+        times,
+        unknown=unknown,
+        same_as=None if first == source else first,
+    )
 
 
 def _questions(
@@ -295,21 +325,17 @@ def _questions(
     return tuple(questions)
 
 
-def _leaks(train: Sequence[Conversation], held: Sequence[Conversation]) -> list[str]:
-    known = {_text(row) for row in train}
-    both = sum(_text(row) in known for row in held)
+def _leaks(train: Sequence[LedgerRow], held: Sequence[LedgerRow]) -> list[str]:
+    trained = {row.source for row in train}
+    both = sum(row.same_as in trained for row in held)
     return [f"warning: {both:,} of {len(held):,} eval rows are also trained on"] if both else []
 
 
-def _text(row: Conversation) -> str:
-    return "\0".join(f"{message.role}\0{message.content}" for message in row.messages)
-
-
-def _said(located: dataset.Located) -> dict[str, Any]:
+def _said(place: dataset.Located) -> dict[str, Any]:
     return {
-        "source": located.source.model_dump(mode="json"),
-        "format": located.format,
-        "sha256": dataset.content_sha256(located),
+        "source": place.source.model_dump(mode="json"),
+        "format": place.format,
+        "sha256": dataset.content_sha256(place),
     }
 
 

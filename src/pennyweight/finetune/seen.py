@@ -2,44 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pennyweight.config import RunConfig, resolve
+from pennyweight.data.ledger import Ledger
+from pennyweight.data.limits import past_limits
 from pennyweight.data.prepare import prepare
-from pennyweight.data.preview import Shown, draw, preview
+from pennyweight.data.preview import Shown, named_rows, preview
 from pennyweight.model import load_tokenizer, stop_ids
+from pennyweight.report import plot_rows
 
 __all__ = ["Seen", "look"]
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a run would learn from: rows with their trained parts marked, and the ledger's lines."""
+    """What a run would learn from: rows with their trained parts marked, and the ledger's lines.
+
+    `refusal`: why `finetune` would refuse this data, a line each; empty where it would not.
+    """
 
     shown: tuple[Shown, ...]
     lines: tuple[str, ...]
     summary: dict[str, Any]
     rendering: dict[str, Any]
+    refusal: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def look(config: RunConfig, rows: int = 3, *, out: Path | None = None) -> Seen:
-    """Render the data without reading a weight; with `out`, also write its ledger and histogram."""
+def look(
+    config: RunConfig, rows: int = 3, *, named: Sequence[str] = (), out: Path | None = None
+) -> Seen:
+    """Render the data without reading a weight; with `out`, also write its ledger and histogram.
+
+    `named`: rows by `file:line`, or by line, in place of the first ones.
+    """
     config = resolve(config)
     tokenizer = load_tokenizer(config.base.model)
     ends = stop_ids(config.base.model, tokenizer)
-    data = prepare(config.data, tokenizer, seed=config.seed, stop_id=ends[0] if ends else None)
+    stop_id = ends[0] if ends else None
+    data = prepare(config.data, tokenizer, seed=config.seed, stop_id=stop_id, limited=False)
+    shown = named_rows(data, config.data, named) if named else preview(data, rows)
+    lines = data.ledger.lines()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         data.ledger.write(out / "ledger.jsonl")
-        draw(data.ledger, out / "ledger.png", max_length=config.data.max_length)
+        absent = _draw(data.ledger, out / "ledger.png", config.data.max_length)
+        drawn = absent or f"drawn in {out / 'ledger.png'}"
+        lines.append(f"every row is in {out / 'ledger.jsonl'}; {drawn}")
     return Seen(
-        shown=tuple(preview(data, rows)),
-        lines=tuple(data.ledger.lines()),
+        shown=tuple(shown),
+        lines=tuple(lines),
         summary=data.ledger.summary(),
         rendering=data.renderer.describe(),
+        refusal=tuple(past_limits(data.ledger, config.data)),
+    )
+
+
+def _draw(ledger: Ledger, path: Path, max_length: int) -> str | None:
+    """The training rows as a picture; why not, where there is none."""
+    kept = [row for row in ledger.part("train") if row.dropped is None]
+    return plot_rows(
+        [row.tokens for row in kept],
+        [row.trained_tokens for row in kept],
+        [row.cut for row in kept],
+        path,
+        max_length=max_length,
+        dropped=ledger.summary()["dropped_why"],
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from pennyweight.config import RunConfig
 from pennyweight.data.batch import Batch, collate
+from pennyweight.data.limits import LIMITS
 from pennyweight.data.prepare import Prepared
 from pennyweight.errors import DiskError, Interrupted
 from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, paired, read_by
@@ -47,6 +48,7 @@ FREE_TO_CHANGE = frozenset(
         "train.report_to",
         "base.device",
         "base.attention",
+        *(f"data.{limit}" for limit in LIMITS),
     }
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pennyweight.report.log import Report, metrics_of, plain, read_events
 from pennyweight.report.plot import plot_losses
 from pennyweight.report.progress import duration, progress_line
+from pennyweight.report.rows import plot_rows
 from pennyweight.report.sinks import Sink, open_sinks
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "open_sinks",
     "plain",
     "plot_losses",
+    "plot_rows",
     "progress_line",
     "read_events",
 ]

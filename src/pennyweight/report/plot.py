@@ -11,9 +11,9 @@ from typing import Any
 from pennyweight.files import whole
 from pennyweight.report.log import read_events
 
-__all__ = ["plot_losses", "smoothed"]
+__all__ = ["FAINT", "GRID", "INK", "plot_losses", "quieten", "smoothed"]
 
-_INK, _FAINT, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
+INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _TRAIN, _EVAL, _RATE = "#2b6cb0", "#d1495b", "#5b8c5a"
 
 Points = list[tuple[int, float]]
@@ -41,17 +41,17 @@ def plot_losses(
     held_out = _points(kept, "evaluation", "loss")
     figure = Figure(figsize=(9, 5.4), dpi=150, facecolor="white", layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold", color=INK)
     _draw_losses(upper, train, held_out)
     lower.plot(*_columns(rate), color=_RATE, linewidth=1.6)
-    lower.set_ylabel("learning rate", color=_FAINT, fontsize=9)
+    lower.set_ylabel("learning rate", color=FAINT, fontsize=9)
     lower.set_ylim(bottom=0)
     lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    lower.yaxis.get_offset_text().set(fontsize=8, color=_FAINT)
-    lower.set_xlabel("optimizer step", color=_FAINT, fontsize=9)
+    lower.yaxis.get_offset_text().set(fontsize=8, color=FAINT)
+    lower.set_xlabel("optimizer step", color=FAINT, fontsize=9)
     lower.locator_params(axis="y", nbins=3)
     for axes in (upper, lower):
-        _quieten(axes)
+        quieten(axes)
     with whole(Path(path)) as partial:
         figure.savefig(partial, format=Path(path).suffix.lstrip(".") or "png")
     return None
@@ -105,14 +105,15 @@ def _draw_losses(axes: Any, train: Points, held_out: Points) -> None:
             color=_EVAL,
         )
     if train or held_out:
-        axes.legend(frameon=False, fontsize=10, labelcolor=_INK, loc="upper right")
+        axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="upper right")
 
 
-def _quieten(axes: Any) -> None:
+def quieten(axes: Any) -> None:
+    """No frame, faint marks, lines across where values are read."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GRID)
-    axes.tick_params(colors=_FAINT, labelsize=9, length=0)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.spines[["left", "bottom"]].set_color(GRID)
+    axes.tick_params(colors=FAINT, labelsize=9, length=0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
