@@ -367,7 +367,10 @@ def test_preview_colours_what_is_trained(
     assert "what? [x]⟦that⟧✂⟦ and this⟧" in capsys.readouterr().out
 
 
-def test_preview_shows_rows_and_then_refuses(run: Any, tmp_path: Path) -> None:
+def test_preview_shows_rows_and_then_refuses(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": f"p{i}", "completion": "" if i > 5 else f"c{i}"} for i in range(10)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     described = tmp_path / "run.yaml"
