@@ -12,6 +12,7 @@ from pennyweight.data.ledger import Ledger
 from pennyweight.data.limits import past_limits
 from pennyweight.data.prepare import prepare
 from pennyweight.data.preview import Shown, named_rows, preview
+from pennyweight.files import disk_faults, make_folder
 from pennyweight.model import load_tokenizer, stop_ids
 from pennyweight.report import plot_rows
 
@@ -50,9 +51,10 @@ def look(
     shown = named_rows(data, config.data, named) if named else preview(data, rows)
     lines = data.ledger.lines()
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        data.ledger.write(out / "ledger.jsonl")
-        absent = _draw(data.ledger, out / "ledger.png", config.data.max_length)
+        with disk_faults(out, "name another folder, or make room"):
+            make_folder(out)
+            data.ledger.write(out / "ledger.jsonl")
+            absent = _draw(data.ledger, out / "ledger.png", config.data.max_length)
         drawn = absent or f"drawn in {out / 'ledger.png'}"
         lines.append(f"every row is in {out / 'ledger.jsonl'}; {drawn}")
     return Seen(

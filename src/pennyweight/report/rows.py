@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pennyweight.files import whole
 from pennyweight.report.plot import FAINT, INK, quieten
 
 __all__ = ["plot_rows"]
@@ -53,7 +55,8 @@ def plot_rows(
         "cut off": (sum(cut), _LOST),
     }
     _draw_shares(shares, {"rows": rows, "tokens": what})
-    figure.savefig(path)
+    with whole(Path(path)) as partial:
+        figure.savefig(partial, format=Path(path).suffix.lstrip(".") or "png")
     return None
 
 
