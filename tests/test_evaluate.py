@@ -78,7 +78,7 @@ def test_loss_is_transformers_loss_of_each_row(base: BaseModel, tiny_llama_folde
 def test_chunks_of_logits_change_nothing(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [batch(9, 14, 3)]
     whole = evaluate_loss(base, batches)
-    monkeypatch.setattr("pennyweight.evaluate.losses.MOST_LOGITS", 2 * base.vocab_size)
+    monkeypatch.setattr("pennyweight.loss.MOST_LOGITS", 2 * base.vocab_size)
     chunked = evaluate_loss(base, batches)
     assert chunked.count == whole.count
     assert chunked.document_losses == pytest.approx(whole.document_losses, rel=1e-6)

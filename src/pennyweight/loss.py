@@ -1,5 +1,7 @@
 """Summed cross-entropy of next tokens and the count of trained ones; the only place that shifts targets.
 
+For measuring, `places` and `predictions` give the logits themselves, chunk by chunk.
+
 The head and the loss go over the predicting rows in chunks, so full logits never exist. For a
 plain head the gradient, (softmax - one-hot) W, is formed in the same pass as the loss, as in
 Liger Kernel (Hsu et al. 2024, section 3.2); only that gradient is kept for backward.
@@ -7,7 +9,8 @@ Liger Kernel (Hsu et al. 2024, section 3.2); only that gradient is kept for back
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +19,74 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from pennyweight.model import Head
+from pennyweight.data.batch import Batch
+from pennyweight.model import BaseModel, Head
 
-__all__ = ["chunk_rows", "summed_cross_entropy", "targets"]
+__all__ = [
+    "Places",
+    "Predictions",
+    "chunk_rows",
+    "places",
+    "predictions",
+    "summed_cross_entropy",
+    "targets",
+]
 
 # Bytes of one chunk's float32 logits: within a large cache's reach on a CPU, and long enough
 # to fill a GPU (1,024 rows of a 128k vocabulary).
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_DEVICE = 512 << 20
+# Logits that measuring holds at once: 64 MiB of float32.
+MOST_LOGITS = 2**24
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Where one model predicts a batch's trained tokens: all that its logits there are made of.
+
+    `hidden`: last hidden states `[n, d]`. `wanted`: int64 `[n]`, the token that follows.
+    `documents`: int64 `[n]`, the document each place is in, whose adapter the head may read.
+    """
+
+    hidden: Tensor
+    wanted: Tensor
+    documents: Tensor
+    adapters: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictions:
+    """Logits `[n, vocab]` in float32 at some places, with the tokens wanted there and their documents."""
+
+    logits: Tensor
+    wanted: Tensor
+    documents: Tensor
+
+
+def places(base: BaseModel, batch: Batch) -> Places:
+    """Run the model over a batch once, and keep the places that predict a trained token."""
+    batch = batch.to(base.device)
+    with base.route.over(batch.boundaries, batch.adapters):
+        hidden = base.hidden(batch.ids, batch.positions)
+    rows, wanted = targets(batch.ids, batch.trained, batch.boundaries)
+    ends = torch.tensor(batch.boundaries[1:], device=hidden.device)
+    documents = torch.bucketize(rows, ends, right=True)
+    return Places(hidden[rows], wanted, documents, batch.adapters)
+
+
+def predictions(base: BaseModel, at: Places) -> Iterator[Predictions]:
+    """The logits at those places, as many at a time as `MOST_LOGITS` allows; the same for equal
+    vocabularies."""
+    rows = max(1, MOST_LOGITS // base.vocab_size)
+    chunks = zip(
+        *(torch.split(each, rows) for each in (at.hidden, at.wanted, at.documents)), strict=True
+    )
+    for hidden, wanted, documents in chunks:
+        # The head may read adapters too: its rows are these places, document by document.
+        ends = torch.bincount(documents, minlength=len(at.adapters)).cumsum(0).tolist()
+        with base.route.over((0, *ends), at.adapters):
+            logits = base.logits(hidden)
+        yield Predictions(logits, wanted, documents)
 
 
 def targets(

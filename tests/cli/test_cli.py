@@ -323,13 +323,53 @@ def test_chat_says_one_thing_or_many(run: Any, room: Any, monkeypatch: pytest.Mo
     assert run("chat", "runs/my").out == "default: one\ndefault: two\n\n"
 
 
-def test_merge_passes_the_base_it_is_told(run: Any, room: Any) -> None:
-    def merge_run(folder: Path, out: Path, *, base: str, dtype: str | None) -> Any:
-        return SimpleNamespace(to_dict=lambda: {"folder": str(out), "onto": base})
+def test_merge_shows_every_candidate_beside_the_adapter(run: Any, room: Any) -> None:
+    asked: dict[str, Any] = {}
+    figures = {"loss": 0.5, "tuning_kept": 0.999, "mean_kl": 1e-9, "top1_agreement": 1.0}
+    figures |= {"max_logit_difference": 2e-5}
+    figures |= {"loss_difference": {"difference": 0.01, "interval_95": (0.0, 0.02), "rows": 9}}
+    answer = {
+        "folder": "merged",
+        "onto": "as-trained",
+        "why": "its predictions are closest to the adapter's",
+        "dtype": "as stored",
+        "update_kept": 1.0,
+        "rows": 9,
+        "measured_on": "the run's held-out rows",
+        "agreement": {"tokens": 1234},
+        "models": (
+            {"name": "adapter", **figures},
+            {"name": "as-trained", **figures},
+            {"name": "original", "refused": "only 1% survives"},
+            {"name": "base", **figures, "tuning_kept": None},
+        ),
+        "notices": ("original was refused: only 1% survives",),
+    }
 
-    room("runs", merge_run=merge_run)
+    def merge_folder(folder: Path, out: Path, **how: Any) -> Any:
+        asked.update(how)
+        return SimpleNamespace(to_dict=lambda: answer)
+
+    room("runs", merge_folder=merge_folder)
     said = run("merge", "runs/my", "--out", "merged", "--base", "original", "--json").json
-    assert said == {"folder": "merged", "onto": "original"}
+    assert said["models"][1]["name"] == "as-trained"
+    assert asked["base"] == "original"
+    text = run("merge", "runs/my", "--out", "merged", "--rows", "9", "--model", "m").out
+    assert (asked["base"], asked["rows"], asked["model"]) == ("auto", 9, "m")
+    for part in (
+        "adapter, unmerged",
+        "as-trained  written",
+        "original",
+        "refused",
+        "base, bare",
+        "0.01  [0, 0.02]",
+        "99.9%",
+        "1e-09",
+        "as-trained: its predictions are closest",
+        "9 the run's held-out rows, 1,234 tokens",
+        "note: original was refused",
+    ):
+        assert part in text
 
 
 def test_preview_colours_what_is_trained(

@@ -19,6 +19,7 @@ __all__ = [
     "converse",
     "evaluation",
     "facts",
+    "merged",
     "plain_fields",
     "plan",
     "preview",
@@ -137,6 +138,41 @@ def evaluation(answer: Mapping[str, Any]) -> Any:
     ]
     changes = {name: value for name, value in answer.items() if name not in arms}
     return Group(table(("", *arms), rows, figures=range(1, 1 + len(arms))), facts(changes))
+
+
+def merged(answer: Mapping[str, Any]) -> Any:
+    """One row a model: the unmerged adapter, what was merged, the bare base; then what was kept."""
+    from rich.console import Group
+
+    answer = plain_fields(answer)
+    rows = []
+    for arm in answer["models"]:
+        if "loss" not in arm:
+            rows.append((arm["name"], "refused", "", "", "", "", ""))
+            continue
+        itself = arm["name"] == "adapter"
+        change = arm["loss_difference"]
+        name = {"adapter": "adapter, unmerged", "base": "base, bare"}.get(arm["name"], arm["name"])
+        told = (
+            _said("", change["difference"]) + _between(change["interval_95"]),
+            "" if arm["tuning_kept"] is None else f"{arm['tuning_kept']:.1%}",
+            f"{arm['mean_kl']:.3g}",
+            f"{arm['top1_agreement']:.2%}",
+            f"{arm['max_logit_difference']:.3g}",
+        )
+        marks = "  refused" if arm.get("refused") else "  written" * (arm["name"] == answer["onto"])
+        rows.append((name + marks, f"{arm['loss']:.4g}", *(("",) * 5 if itself else told)))
+    columns = ("", "loss", "minus adapter's", "gain kept", "KL", "same top token", "largest logit")
+    written = {
+        "written": answer["folder"],
+        "onto": f"{answer['onto']}: {answer['why']}",
+        "dtype": answer["dtype"],
+        "update_kept": answer["update_kept"],
+        "compared_on": f"{answer['rows']:,} {answer['measured_on']}, "
+        f"{answer['agreement']['tokens']:,} tokens",
+    }
+    lines = [f"note: {notice}" for notice in answer["notices"]]
+    return Group(table(columns, rows, figures=range(1, 7)), facts(written), *lines)
 
 
 def _with_interval(arm: Mapping[str, Any], measure: str) -> str:

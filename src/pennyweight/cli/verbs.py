@@ -189,23 +189,49 @@ def chat(
 
 @app.command()
 def merge(
-    run: RunFolder,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a PEFT adapter.")
+    ],
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
     base: Annotated[
-        Literal["as-trained", "original"],
-        typer.Option(help="The weights it was trained beside, or those of the base's files."),
-    ] = "as-trained",
+        Literal["auto", "as-trained", "original"],
+        typer.Option(
+            help="The weights it was trained beside, those of the base's files, or the closer one."
+        ),
+    ] = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to compare on.")] = 100,
+    data: Annotated[
+        Path | None, typer.Option(help="A file of rows in place of the run's held-out ones.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For an adapter: its base, if not the one it names.")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="For an adapter: how its base was held in training.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fold the adapter into its base: a plain Hugging Face folder."""
-    from pennyweight.runs import merge_run
+    """Fold the adapter into its base, and measure what was lost.
+
+    Writes a plain Hugging Face folder, or refuses and says why.
+    """
+    from pennyweight.runs import merge_folder
 
     with show.Printer(as_json) as printer:
-        report = merge_run(run, out, base=base, dtype=dtype)
-        printer.give(report.to_dict(), lambda: show.facts(report.to_dict()))
+        report = merge_folder(
+            run,
+            out,
+            model=model,
+            quantization=quantization,
+            base=base,
+            dtype=dtype,
+            data=data,
+            rows=rows,
+        )
+        printer.give(report.to_dict(), lambda: show.merged(report.to_dict()))
 
 
 @app.command()

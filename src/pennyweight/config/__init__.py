@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pennyweight.config.explain import explain, json_schema, starter, to_yaml
 from pennyweight.config.load import LoadedRun, load_run, read_resolved
-from pennyweight.config.rules import resolve
+from pennyweight.config.rules import origins, resolve
 from pennyweight.config.schema import (
     BaseConfig,
     CompareConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "explain",
     "json_schema",
     "load_run",
+    "origins",
     "read_resolved",
     "resolve",
     "starter",

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pennyweight.config.document import read_document
-from pennyweight.config.keys import GROUPS, KEYS, accepts, names_in, nearest_key
+from pennyweight.config.keys import GROUPS, KEYS, accepts, names_in, nearest_key, value_at
 from pennyweight.config.rules import RULES, broken_rules, resolve
 from pennyweight.config.schema import RunConfig
 from pennyweight.errors import ConfigError
@@ -107,7 +107,7 @@ def to_yaml(config: RunConfig, *, commented: bool = True) -> str:
             if commented:
                 mark = f"{indent}# "
                 lines += textwrap.wrap(_about(key), 96, initial_indent=mark, subsequent_indent=mark)
-            lines.append(f"{indent}{key.rsplit('.', 1)[-1]}: {written(_value(config, key))}")
+            lines.append(f"{indent}{key.rsplit('.', 1)[-1]}: {written(value_at(config, key))}")
     head = "# pennyweight explain KEY says more; keys that are left out keep their defaults."
     return "\n".join(([head] if commented else []) + lines).lstrip("\n") + "\n"
 
@@ -124,13 +124,13 @@ def _about(key: str) -> str:
 
 def _worth_writing(config: RunConfig) -> list[str]:
     """Keys to write. A starter that keeps its default is left out where giving it breaks a rule."""
-    changed = [key for key in KEYS if _value(config, key) != KEYS[key].default]
-    starters = [key for key in _STARTERS if key not in changed and _value(config, key) is not None]
+    changed = [key for key in KEYS if value_at(config, key) != KEYS[key].default]
+    starters = [key for key in _STARTERS if key not in changed and value_at(config, key) is not None]
     tree: dict[str, Any] = {}
     for key in (*changed, *starters):
         *groups, name = key.split(".")
         inside = tree.setdefault(groups[0], {}) if groups else tree
-        inside[name] = _plain(_value(config, key))
+        inside[name] = _plain(value_at(config, key))
     for rule in broken_rules(RunConfig.model_validate(tree)):
         starters = [key for key in starters if not _implicated(key, rule.keys)]
     return [key for key in KEYS if key in changed or key in starters]
@@ -138,13 +138,6 @@ def _worth_writing(config: RunConfig) -> list[str]:
 
 def _implicated(key: str, keys: tuple[str, ...]) -> bool:
     return key in keys or key.split(".")[0] in keys
-
-
-def _value(config: RunConfig, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _plain(value: Any) -> Any:

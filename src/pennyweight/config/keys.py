@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from pennyweight.config.schema import RunConfig, Source
 
-__all__ = ["GROUPS", "KEYS", "accepts", "names_in", "nearest_key"]
+__all__ = ["GROUPS", "KEYS", "accepts", "names_in", "nearest_key", "value_at"]
 
 # What other tools call our settings, so that a habit is answered with our name for it.
 _ELSEWHERE = {
@@ -70,6 +70,14 @@ GROUPS: dict[str, FieldInfo] = {
     name: field for name, field in RunConfig.model_fields.items() if name not in KEYS
 }
 """`train` and its like."""
+
+
+def value_at(run: RunConfig, key: str) -> Any:
+    """The value of a key of KEYS."""
+    value: Any = run
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def names_in(group: str) -> list[str]:

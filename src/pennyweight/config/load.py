@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pennyweight.config.document import Path, read_document, spell
 from pennyweight.config.keys import GROUPS, KEYS, accepts, names_in, nearest_key
-from pennyweight.config.rules import broken_rules, resolve
+from pennyweight.config.rules import broken_rules, origins, resolve
 from pennyweight.config.schema import RunConfig, Source
 from pennyweight.errors import ConfigError
 
@@ -26,8 +26,8 @@ __all__ = ["LoadedRun", "load_run", "read_resolved"]
 
 @dataclass(frozen=True, slots=True)
 class LoadedRun:
-    """`config` is resolved; `origin` says for each key `run.yaml:12`, `command line` or `default`;
-    `text` is the file as it was read."""
+    """`config` is resolved; `origin` says for each key `run.yaml:12`, `command line`, `default`, or
+    the key it follows from; `text` is the file as it was read."""
 
     config: RunConfig
     origin: Mapping[str, str]
@@ -49,7 +49,7 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loa
     run = found.validate(tree)
     if found.faults or run is None:
         raise ConfigError.all(found.said())
-    origin = {key: found.origin_of(key) for key in KEYS}
+    origin = origins(run, {key: found.origin_of(key) for key in KEYS})
     return LoadedRun(resolve(run), origin, text)
 
 

@@ -7,14 +7,15 @@ A setting counts as given when somebody wrote it down; defaults never break a ru
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pennyweight.config.keys import KEYS, value_at
 from pennyweight.config.schema import RunConfig, Source
 from pennyweight.errors import ConfigError
 
-__all__ = ["RULES", "Rule", "broken_rules", "given_keys", "resolve"]
+__all__ = ["RULES", "Rule", "broken_rules", "given_keys", "origins", "resolve"]
 
 Given = frozenset[str]
 
@@ -221,6 +222,14 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+# What a value that nobody gave was filled in from.
+FOLLOWS_FROM = {
+    "base.quantization": "train.method",
+    "base.double_quantization": "base.quantization",
+    "train.learning_rate": "train.method",
+}
+
+
 def given_keys(run: RunConfig) -> Given:
     """Keys that somebody wrote down (`train.method`), from a file, a command line or Python."""
     given = {key for key in run.model_fields_set if key in ("output_dir", "seed")}
@@ -238,6 +247,21 @@ def broken_rules(run: RunConfig) -> list[Rule]:
     """Every rule that the run breaks, in the order of RULES."""
     given = given_keys(run)
     return [rule for rule in RULES if rule.broken(run, given)]
+
+
+def origins(run: RunConfig, written: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Where the value of each key of the resolved run comes from.
+
+    `written` is what is known of a file and a command line (`run.yaml:12`); without it the run was
+    made in Python. Of a value that `resolve` filled in it is the key that decided it.
+    """
+    given, resolved = given_keys(run), resolve(run)
+    found = {}
+    for key in KEYS:
+        known = (written or {}).get(key) or ("Python" if key in given else "default")
+        filled = value_at(run, key) != value_at(resolved, key)
+        found[key] = f"follows from {FOLLOWS_FROM[key]}" if filled else known
+    return found
 
 
 def resolve(run: RunConfig) -> RunConfig:

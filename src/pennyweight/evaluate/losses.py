@@ -15,13 +15,10 @@ from pennyweight.data.conversation import Example
 from pennyweight.errors import AdapterError, DataError, DivergedError
 from pennyweight.evaluate.intervals import Difference, Interval, bootstrap
 from pennyweight.lora import attached
-from pennyweight.loss import targets
+from pennyweight.loss import places, predictions
 from pennyweight.model import BaseModel
 
 __all__ = ["LossReport", "evaluate_loss", "in_batches", "paired", "read_by"]
-
-# Logits held at once: 64 MiB of float32.
-MOST_LOGITS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +101,7 @@ def evaluate_loss(base: BaseModel, batches: Iterable[Batch]) -> LossReport:
                 f"{batch.sources[0]}: to be read by adapter {adapter!r}, which is not attached; attached: "
                 f"{', '.join(names) or 'none'}; `read_by(batches, None)` reads by the bare base"
             )
-        right, sums, numbers = _document_losses(base, batch.to(base.device))
+        right, sums, numbers = _document_losses(base, batch)
         correct += right
         losses += sums
         counts += numbers
@@ -124,25 +121,15 @@ def evaluate_loss(base: BaseModel, batches: Iterable[Batch]) -> LossReport:
 
 def _document_losses(base: BaseModel, batch: Batch) -> tuple[int, list[float], list[int]]:
     """Of one batch: tokens predicted right; of each document its summed loss and its count."""
-    with base.route.over(batch.boundaries, batch.adapters):
-        hidden = base.hidden(batch.ids, batch.positions)
-    predictors, wanted = targets(batch.ids, batch.trained, batch.boundaries)
-    ends = torch.tensor(batch.boundaries[1:], device=hidden.device)
-    document = torch.bucketize(predictors, ends, right=True)
+    at = places(base, batch)
     documents = len(batch.adapters)
     losses = torch.zeros(documents, dtype=torch.float64)
     correct = 0
-    rows = max(1, MOST_LOGITS // base.vocab_size)
-    chunks = zip(*(torch.split(each, rows) for each in (predictors, wanted, document)), strict=True)
-    for positions, chosen, belongs in chunks:
-        # The head may read adapters too: its rows are these predictors, document by document.
-        per_document = torch.bincount(belongs, minlength=documents).cumsum(0).tolist()
-        with base.route.over((0, *per_document), batch.adapters):
-            logits = base.logits(hidden[positions])
-        nats = F.cross_entropy(logits, chosen, reduction="none").double()
-        losses.index_add_(0, belongs.cpu(), nats.cpu())
-        correct += int((logits.argmax(-1) == chosen).sum())
-    return correct, losses.tolist(), torch.bincount(document, minlength=documents).tolist()
+    for part in predictions(base, at):
+        nats = F.cross_entropy(part.logits, part.wanted, reduction="none").double()
+        losses.index_add_(0, part.documents.cpu(), nats.cpu())
+        correct += int((part.logits.argmax(-1) == part.wanted).sum())
+    return correct, losses.tolist(), torch.bincount(at.documents, minlength=documents).tolist()
 
 
 def paired(before: LossReport, after: LossReport) -> Difference:

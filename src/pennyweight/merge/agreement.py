@@ -1,23 +1,44 @@
-"""How close the merged model is to the attached one, on rows of token ids."""
+"""How close two models' predictions are on the same tokens, and what each loses on them.
+
+The reference is run once and kept as its last hidden states: d numbers a token in place of a
+vocabulary's, from which its head makes the very logits again, so KL is exact and nothing is stored
+that grows with the vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from pennyweight.config import BaseConfig
+from pennyweight.data.batch import Batch
+from pennyweight.errors import MemoryExhausted
+from pennyweight.loss import Places, places, predictions
 from pennyweight.model import BaseModel, load_base
 
-__all__ = ["Agreement", "agreement"]
+__all__ = ["Agreement", "Comparison", "Reader", "Reference", "beside"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """A model, read with one of its adapters or bare."""
+
+    model: BaseModel
+    adapter: str | None = None
+
+    def places(self, batch: Batch) -> Places:
+        return places(self.model, replace(batch, adapters=(self.adapter,) * len(batch.adapters)))
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How close two models' logits are on the same rows: largest difference, KL (nats a token), top-1 share."""
+    """How close two models' logits are where a trained token is predicted: largest difference, mean
+    KL(reference || other) in nats a token, share of tokens whose likeliest one is the same."""
 
     tokens: int
     max_logit_difference: float
@@ -25,29 +46,67 @@ class Agreement:
     top1_agreement: float
 
 
-def agreement(
-    base: BaseModel, folder: Path | str, rows: Sequence[Sequence[int]], *, name: str | None
-) -> Agreement:
-    """Compare the attached model's logits with those of a merged folder, on rows of token ids.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Another model beside the reference: their agreement, and document by document, in nats, its
+    summed loss and its summed KL from the reference; `correct` tokens it predicted right."""
 
-    Both compute in the base's type. The merged model stands beside the base on its device, or on
-    the CPU where the two do not fit.
-    """
-    rows = [row for row in rows if len(row)]
-    assert rows, "rows of token ids to compare on"
-    merged = _resident_beside(base, folder)
-    tokens, worst, divergence, agreed = 0, 0.0, 0.0, 0
-    for row in rows:
-        attached, folded = _logits(base, row, name).cpu(), _logits(merged, row, None).cpu()
-        worst = max(worst, float((attached - folded).abs().max()))
-        p, q = attached.log_softmax(-1), folded.log_softmax(-1)
-        divergence += float((p.exp() * (p - q)).sum())
-        agreed += int((attached.argmax(-1) == folded.argmax(-1)).sum())
-        tokens += len(row)
-    return Agreement(tokens, worst, divergence / tokens, agreed / tokens)
+    agreement: Agreement
+    document_losses: tuple[float, ...]
+    document_kl: tuple[float, ...]
+    correct: int
 
 
-def _resident_beside(base: BaseModel, folder: Path | str) -> BaseModel:
+class Reference:
+    """What the reader predicts on some batches, kept to hold others against."""
+
+    @torch.inference_mode()
+    def __init__(self, reader: Reader, batches: Iterable[Batch]) -> None:
+        self.reader = reader
+        self.batches = tuple(batches)
+        self._places = [reader.places(batch) for batch in self.batches]
+        self.sources = tuple(source for batch in self.batches for source in batch.sources)
+        self.document_counts = tuple(count for at in self._places for count in _counts(at))
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.document_counts)
+
+    @torch.inference_mode()
+    def compare(self, other: Reader) -> Comparison:
+        """Hold another model's predictions against these; what is summed is float64."""
+        assert self.tokens, "batches in which a token is trained"
+        worst, agreed, correct = 0.0, 0, 0
+        losses: list[float] = []
+        divergences: list[float] = []
+        for batch, mine in zip(self.batches, self._places, strict=True):
+            theirs = mine if other is self.reader else other.places(batch)
+            loss = torch.zeros(len(batch.adapters), dtype=torch.float64)
+            divergence = torch.zeros_like(loss)
+            pairs = zip(
+                predictions(self.reader.model, mine),
+                predictions(other.model, theirs),
+                strict=True,
+            )
+            for one, two in pairs:
+                p, q = one.logits.cpu().double(), two.logits.cpu().double()
+                wanted, documents = two.wanted.cpu(), two.documents.cpu()
+                worst = max(worst, _largest(p - q))
+                agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+                correct += int((q.argmax(-1) == wanted).sum())
+                p, q = p.log_softmax(-1), q.log_softmax(-1)
+                divergence.index_add_(0, documents, (p.exp() * (p - q)).sum(-1))
+                loss.index_add_(0, documents, F.nll_loss(q, wanted, reduction="none"))
+            losses += loss.tolist()
+            divergences += divergence.tolist()
+        mean_kl = math.fsum(divergences) / self.tokens
+        agreement = Agreement(self.tokens, worst, mean_kl, agreed / self.tokens)
+        return Comparison(agreement, tuple(losses), tuple(divergences), correct)
+
+
+def beside(base: BaseModel, folder: Path | str) -> BaseModel:
+    """The model in `folder`, computing in the base's type: on the base's device, or on the CPU where
+    the two do not fit there together."""
     config = BaseConfig.model_validate(
         {
             "model": str(folder),
@@ -58,12 +117,14 @@ def _resident_beside(base: BaseModel, folder: Path | str) -> BaseModel:
     )
     try:
         return load_base(config)
-    except torch.OutOfMemoryError:
+    except MemoryExhausted:
         return load_base(config.model_copy(update={"device": "cpu"}))
 
 
-def _logits(model: BaseModel, row: Sequence[int], name: str | None) -> Tensor:
-    ids = torch.tensor(list(row), device=model.device)
-    positions = torch.arange(len(ids), device=model.device)
-    with torch.inference_mode(), model.route.over((0, len(ids)), (name,)):
-        return model.logits(model.hidden(ids, positions))
+def _counts(at: Places) -> list[int]:
+    return torch.bincount(at.documents, minlength=len(at.adapters)).tolist()
+
+
+def _largest(difference: torch.Tensor) -> float:
+    largest = float(difference.abs().max()) if difference.numel() else 0.0
+    return math.inf if math.isnan(largest) else largest

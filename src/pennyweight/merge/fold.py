@@ -86,12 +86,12 @@ class Fold:
         kept = self.packed_dtype if packed else torch_dtype(lazy.get_dtype(), key)
         out = (self.dtype or kept) if kept.is_floating_point else kept
         if path is not None and path in self.adapter.saved:
-            copy = self.adapter.saved[path]
-            return Entry(out, shape, lambda: copy.detach().to("cpu", out))
+            copy = self.adapter.saved[path].detach()
+            return Entry(out, shape, lambda: _rounded(copy.cpu(), out, key))
         source = partial(self._source, file, key, layer, packed)
         if layer is not None and path is not None and path in self.adapter.factors:
             return Entry(out, shape, partial(self._folded, path, layer, source, out))
-        return Entry(out, shape, lambda: source().to(out))
+        return Entry(out, shape, lambda: _rounded(source(), out, key))
 
     def _source(self, file: Any, key: str, layer: nn.Module | None, packed: bool) -> Tensor:
         """The weight to fold into, as files hold it: their own, or what the layer computes with."""
@@ -109,7 +109,7 @@ class Fold:
         """W + D, rounded once; the inner products tell how much of D arrived."""
         weight, delta = source().float(), self.adapter.delta(path).cpu()
         delta = delta.T if _transposed(layer) else delta
-        after = (weight + delta).to(out)
+        after = _rounded(weight + delta, out, path)
         moved = after.float() - weight.to(out).float()
         self.arrived += float((moved * delta).sum())
         self.meant += float(delta.square().sum())
@@ -127,6 +127,18 @@ def refuse_no_change(base: BaseModel, adapter: Adapter) -> None:
         raise AdapterError(
             "this adapter's update is zero everywhere: merging it would change nothing; was it trained?"
         )
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """The weight in the type to be written; AdapterError where that type cannot hold it."""
+    after = weight.to(dtype)
+    if after.is_floating_point() and not bool(after.isfinite().all()):
+        held = "is not finite" if not bool(weight.isfinite().all()) else "is beyond what it holds"
+        name = str(dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{where}: a merged weight {held} ({name}): merge with --dtype bfloat16 or float32"
+        )
+    return after
 
 
 def _stored_keys(folder: Path) -> frozenset[str]:

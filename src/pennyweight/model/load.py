@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from pennyweight.attention import attend
 from pennyweight.config import BaseConfig
-from pennyweight.errors import ModelError
+from pennyweight.errors import MemoryExhausted, ModelError
 from pennyweight.model.folder import (
     find_folder,
     first_line,
@@ -150,6 +150,11 @@ def _read(
             ignore_mismatched_sizes=True,
             **extra,
         )
+    except torch.OutOfMemoryError as fault:
+        raise MemoryExhausted(
+            f"{type(config).__name__}: its weights do not fit {store.device} ({first_line(fault)}); "
+            "`pennyweight plan` says what would"
+        ) from fault
     except (ValueError, KeyError, RuntimeError, SafetensorError) as fault:
         raise ModelError(
             f"the weights do not fit {type(config).__name__}: {first_line(fault)}"

@@ -3,15 +3,18 @@
 from pennyweight.runs.chat import ChatSession, open_chat
 from pennyweight.runs.folder import HeldOut, RunFolder, adapter_slot
 from pennyweight.runs.measure import evaluate_run, measure
-from pennyweight.runs.merging import merge_run
+from pennyweight.runs.merging import MeasuredMerge, merge_adapter, merge_folder, merge_run
 
 __all__ = [
     "ChatSession",
     "HeldOut",
+    "MeasuredMerge",
     "RunFolder",
     "adapter_slot",
     "evaluate_run",
     "measure",
+    "merge_adapter",
+    "merge_folder",
     "merge_run",
     "open_chat",
 ]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pennyweight.config import RunConfig, read_resolved
+from pennyweight.config import DataConfig, RunConfig, read_resolved
 from pennyweight.data.chat import Renderer
 from pennyweight.data.examples import Examples, load_folder, save_folder
 from pennyweight.data.prepare import Prepared, Question
@@ -137,6 +137,11 @@ class RunFolder:
             settings["template"] = str(self.path / TEMPLATE)
         return Renderer(tokenizer, **settings)
 
+    def rendering(self, data: DataConfig) -> DataConfig:
+        """The data settings with the template that was kept, for other rows rendered like the run's."""
+        kept = self.path / TEMPLATE
+        return data.model_copy(update={"template": str(kept)}) if kept.is_file() else data
+
     def write_receipt(self, receipt: Mapping[str, Any]) -> None:
         self._write("receipt.json", json.dumps(receipt, indent=2, default=str) + "\n")
 
@@ -144,7 +149,11 @@ class RunFolder:
         """Write what was trained: an adapter in PEFT's layout, or a whole Hugging Face folder."""
         if config.train.method != "full":
             kept = adapter_of(base, "default", config.adapter)
-            described(kept, base, base_quantization=config.base.quantization).save(self.adapter)
+            held = {
+                "base_quantization": config.base.quantization,
+                "base_double_quantization": config.base.double_quantization,
+            }
+            described(kept, base, **held).save(self.adapter)
             return
         partial = self.path / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
