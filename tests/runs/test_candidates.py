@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import build_model_folder
-from tests.test_merge import base_of, logits, opened, tuned
 
 from pennyweight.data.conversation import Example
 from pennyweight.errors import AdapterError, DataError, DiskError, MemoryExhausted, ModelError
@@ -24,6 +22,8 @@ from pennyweight.merge import Agreement, agreement, fold
 from pennyweight.model import BaseModel
 from pennyweight.runs import candidates
 from pennyweight.runs.candidates import Arm, Attempt, Trial, closest, trial, ways
+from tests.conftest import build_model_folder
+from tests.test_merge import base_of, logits, opened, tuned
 
 
 def rows_of(count: int = 6, tokens: int = 24, *, seed: int = 0) -> list[Example]:
@@ -124,7 +124,9 @@ def test_a_merge_that_lost_the_tuning_is_refused_with_the_figures(
     adapter = tuned(base)
     rows, delta = answered_by(base), Adapter.delta
     monkeypatch.setattr(Adapter, "delta", lambda self, module: delta(self, module) * by)
-    with pytest.raises(AdapterError, match=r"as-trained: lost the tuning.*of that gain; at least 90%"):
+    with pytest.raises(
+        AdapterError, match=r"as-trained: lost the tuning.*of that gain; at least 90%"
+    ):
         tried(base, adapter, tmp_path / "m", rows)
     with pytest.raises(AdapterError, match=r"nats a token \(KL\) from the adapter's"):
         tried(base, adapter, tmp_path / "again", rows_of(1))
@@ -150,7 +152,7 @@ def test_an_adapter_that_does_nothing_is_refused(tiny_llama_folder, tmp_path):
     base = base_of(tiny_llama_folder)
     adapter = shrunk(tuned(base), 1e-9)
     attach(base, adapter, name="nothing")
-    with pytest.raises(AdapterError, match="predicts what the bare base does.*was it trained"):
+    with pytest.raises(AdapterError, match=r"predicts what the bare base does.*was it trained"):
         tried(base, adapter, tmp_path / "m", name="nothing")
 
 
@@ -202,7 +204,9 @@ def attempt(onto: str, kl: list[float], losses: list[float]) -> Attempt:
         sum(losses), sum(counts), 0, tuple(map(str, range(len(kl)))), tuple(losses), counts
     )
     agreed = Agreement(sum(counts), 0.0, sum(kl) / sum(counts), 1.0)
-    return Attempt(onto, None, Arm(onto, report, agreed, tuple(kl), paired(report, report), 1.0), None)
+    return Attempt(
+        onto, None, Arm(onto, report, agreed, tuple(kl), paired(report, report), 1.0), None
+    )
 
 
 def test_the_rule_and_its_tie():
@@ -266,7 +270,7 @@ def test_a_device_that_is_full_is_said_as_such(tiny_llama_folder, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", full)
-    with pytest.raises(MemoryExhausted, match="do not fit cpu.*Tried to allocate"):
+    with pytest.raises(MemoryExhausted, match=r"do not fit cpu.*Tried to allocate"):
         base_of(tiny_llama_folder)
 
 

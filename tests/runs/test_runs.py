@@ -73,7 +73,12 @@ def test_merge_is_measured_written_down_and_opens_in_transformers(finished, tmp_
 
 def test_merge_measures_on_other_rows_or_on_its_own_words(finished, tmp_path):
     folder = finished()
-    row = {"messages": [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red red"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "say red"},
+            {"role": "assistant", "content": "red red"},
+        ]
+    }
     (tmp_path / "more.jsonl").write_text((json.dumps(row) + "\n") * 5)
     report = merge_run(folder, tmp_path / "a", data=tmp_path / "more.jsonl", rows=3)
     assert (report.rows, report.measured_on) == (3, "rows of more.jsonl")

@@ -125,7 +125,9 @@ def _about(key: str) -> str:
 def _worth_writing(config: RunConfig) -> list[str]:
     """Keys to write. A starter that keeps its default is left out where giving it breaks a rule."""
     changed = [key for key in KEYS if value_at(config, key) != KEYS[key].default]
-    starters = [key for key in _STARTERS if key not in changed and value_at(config, key) is not None]
+    starters = [
+        key for key in _STARTERS if key not in changed and value_at(config, key) is not None
+    ]
     tree: dict[str, Any] = {}
     for key in (*changed, *starters):
         *groups, name = key.split(".")

@@ -178,7 +178,9 @@ def closest(attempts: Sequence[Attempt]) -> tuple[Attempt, str]:
         interval = bootstrap(changes, best.arm.losses.document_counts)
         low, high = interval or (mean - SAME_KL_NATS, mean + SAME_KL_NATS)
         if low <= 0 <= high:
-            why = f"a tie: the KL of {best.onto} and {other.onto} cannot be told apart on these rows"
+            why = (
+                f"a tie: the KL of {best.onto} and {other.onto} cannot be told apart on these rows"
+            )
         elif high < 0:
             best, why = other, "its predictions are closest to the adapter's"
         else:

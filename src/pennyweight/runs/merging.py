@@ -201,7 +201,9 @@ def _own_words(base: BaseModel) -> _Rows:
         start = base.stop_ids[0] if base.stop_ids else 0
     most = min(OWN_TOKENS, base.max_positions - 1)
     requests = [
-        Request((start,), max_new_tokens=most, temperature=1.0, seed=seed, stop_ids=(), adapter=SLOT)
+        Request(
+            (start,), max_new_tokens=most, temperature=1.0, seed=seed, stop_ids=(), adapter=SLOT
+        )
         for seed in range(OWN_TEXTS)
     ]
     examples = []
