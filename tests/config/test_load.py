@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pennyweight.config import LoraConfig, RunConfig, load_run, read_resolved, resolve
+from pennyweight.config import LoraConfig, RunConfig, load_run, origins, read_resolved, resolve
 from pennyweight.config.rules import RULES, broken_rules
 from pennyweight.errors import ConfigError
 
@@ -74,8 +74,22 @@ def test_every_value_has_an_origin(tmp_path: Path) -> None:
         "seed": "run.yaml:4",
         "train.learning_rate": "command line",
         "adapter.target_modules": "command line",
+        "base.quantization": "follows from train.method",
+        "base.double_quantization": "follows from base.quantization",
     }
     assert run.text.startswith("train:")
+
+
+def test_a_run_made_in_python_has_origins_too() -> None:
+    run = RunConfig.model_validate({"train": {"method": "full"}, "data": {"max_length": 64}})
+    told = {key: where for key, where in origins(run).items() if where != "default"}
+    assert told == {
+        "train.method": "Python",
+        "data.max_length": "Python",
+        "base.quantization": "follows from train.method",
+        "base.double_quantization": "follows from base.quantization",
+        "train.learning_rate": "follows from train.method",
+    }
 
 
 def test_an_empty_file_is_the_default_run(tmp_path: Path) -> None:
