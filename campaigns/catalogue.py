@@ -41,6 +41,48 @@ CAMPAIGNS: tuple[Campaign, ...] = (
         6,
         "campaigns.kill_points:run",
     ),
+    Campaign(
+        "random-kills",
+        "a kill at any instant of a run: the same command resumes, to the bit",
+        200,
+        6,
+        "campaigns.random_kills:run",
+    ),
+    Campaign(
+        "resume",
+        "every cut, accumulation 1, 2, 4, packing on and off, chained: the same bits",
+        48,
+        6,
+        "campaigns.resume:run",
+    ),
+    Campaign(
+        "signals",
+        "SIGTERM or Ctrl-C at any instant: 75, resumable, within a step and a second",
+        50,
+        8,
+        "campaigns.signals:run",
+    ),
+    Campaign(
+        "second-signal",
+        "a second signal: 130 at once, the last checkpoint whole",
+        50,
+        4,
+        "campaigns.signals:twice",
+    ),
+    Campaign(
+        "corruption",
+        "damaged checkpoints are passed over and said, the one before is used",
+        2000,
+        60,
+        "campaigns.corruption:run",
+    ),
+    Campaign(
+        "same-command",
+        "the true command, stopped in every way, is given again until it is done",
+        6,
+        4,
+        "campaigns.random_kills:same_command",
+    ),
 )
 
 

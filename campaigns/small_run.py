@@ -1,4 +1,4 @@
-"""A run that takes a second: a random Llama of two layers with the built-in tokenizer, forty rows.
+"""A run that takes a second: a random Llama of two layers with the built-in tokenizer, 26 rows.
 
 Everything a real run has is in it: a base in NF4 with double quantization, dropout, packing,
 accumulation, several epochs, evaluations, checkpoints more often than they are kept.
@@ -46,7 +46,7 @@ def build_model(folder: Path) -> Path:
     return folder
 
 
-def write_rows(path: Path, count: int = 40, *, salt: str = "") -> Path:
+def write_rows(path: Path, count: int = 26, *, salt: str = "") -> Path:
     """Chat rows of a few words, all different."""
     words = ("red", "green", "blue", "one", "two", "three", "cat", "dog")
     with path.open("w", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -11,10 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from pennyweight.config import RunConfig
+from pennyweight.data import dataset
 from pennyweight.errors import ConfigError, DataError, Interrupted
-from pennyweight.finetune import finetune, look
+from pennyweight.finetune import finetune, look, underway
 from pennyweight.lora import Adapter
 from pennyweight.report import Report, metrics_of, read_events
+from pennyweight.runs import RunFolder
 
 
 @pytest.fixture
@@ -89,14 +92,7 @@ def test_a_signal_saves_and_the_same_command_ends_with_the_same_bits(
     config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packing})})
     finetune(config)
     stopped = config.model_copy(update={"output_dir": config.output_dir + "-stopped"})
-    told = Report.step
-
-    def tell_and_stop(self, step, **options):
-        told(self, step, **options)
-        if step.number in (2, 4):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Report, "step", tell_and_stop)
+    stop_after(monkeypatch, 2, 4)
     for _ in range(2):
         with pytest.raises(Interrupted, match="the same command resumes"):
             finetune(stopped)
@@ -124,7 +120,7 @@ def test_a_changed_run_is_refused_with_the_difference(description, rows):
     with pytest.raises(ConfigError, match=r"train\.learning_rate: the checkpoint was made with"):
         finetune(description(learning_rate=2e-2))
     rows.write_text(rows.read_text() + rows.read_text().replace("say", "tell"))
-    with pytest.raises(ConfigError, match="data: the checkpoint"):
+    with pytest.raises(ConfigError, match=r"data, train .*rows\.jsonl: the checkpoint"):
         finetune(description())
 
 
@@ -144,6 +140,139 @@ def test_the_best_weights_are_kept_and_a_run_that_only_gets_worse_stops(descript
     assert result.best_step == min(losses, key=losses.get)
     assert result.loss_after == pytest.approx(losses[result.best_step], rel=1e-6)
     assert result.steps == result.best_step + 2 or result.steps == 12
+
+
+def test_a_run_that_goes_on_after_midnight_prints_the_day_it_began(
+    description, tmp_path, monkeypatch
+):
+    class Day(datetime.date):
+        now = datetime.date(2026, 1, 31)
+
+        @classmethod
+        def today(cls):
+            return cls.now
+
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = description()
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"template": str(template)})}
+    )
+    monkeypatch.setattr("pennyweight.data.prepare.date", Day)
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        finetune(config)
+    Day.now = datetime.date(2026, 2, 1)
+    assert finetune(config).resumed_from == 2
+    settings = RunFolder(Path(config.output_dir)).read_held_out().rendering
+    assert settings["day"] == "2026-01-31"
+    other = config.model_copy(update={"output_dir": str(tmp_path / "new")})
+    finetune(other)
+    assert RunFolder(tmp_path / "new").read_held_out().rendering["day"] == "2026-02-01"
+
+
+def stop_after(monkeypatch, *steps):
+    """SIGTERM once the line of each of these steps is printed, the first time it is."""
+    told, left = Report.step, set(steps)
+
+    def tell_and_stop(self, step, **options):
+        told(self, step, **options)
+        if step.number in left:
+            left.remove(step.number)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Report, "step", tell_and_stop)
+
+
+def test_an_evaluation_cut_short_is_made_when_the_run_resumes(description, monkeypatch):
+    finetune(description("whole"))
+    stopped = description("stopped")
+    measure = underway.evaluate_loss
+    measured = []
+
+    def stop_in_the_second(base, batches):
+        measured.append(1)
+        if len(measured) == 2:  # the first is that of the bare base
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(base, batches)
+
+    monkeypatch.setattr(underway, "evaluate_loss", stop_in_the_second)
+    with pytest.raises(Interrupted, match="SIGTERM after step 3 of 6"):
+        finetune(stopped)
+    assert [e["number"] for e in log(stopped.output_dir) if e["kind"] == "evaluation"] == [0]
+    assert finetune(stopped).resumed_from == 3
+    assert log(stopped.output_dir) == log(description("whole").output_dir)
+
+
+@pytest.mark.parametrize("room", ["load_base", "prepare", "plan"])
+def test_a_signal_before_the_first_step_ends_at_once(description, monkeypatch, room):
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pennyweight.finetune.{room}", stop)
+        with pytest.raises(Interrupted, match="SIGINT: nothing was begun"):
+            finetune(description())
+    assert finetune(description()).resumed_from is None
+
+
+def test_a_signal_while_the_result_is_written(description, monkeypatch):
+    whole = finetune(description("whole"))
+    stop_after(monkeypatch, 6)  # the last: what follows is its evaluation
+    stopped = description("stopped")
+    with pytest.raises(Interrupted):
+        finetune(stopped)
+    assert not (Path(stopped.output_dir) / "receipt.json").exists()
+    result = finetune(stopped)
+    assert (result.resumed_from, result.loss_after) == (6, whole.loss_after)
+    assert log(stopped.output_dir) == log(whole.output_dir)
+
+
+def test_a_best_checkpoint_that_is_damaged_is_said_and_the_last_weights_kept(description):
+    config = description(
+        learning_rate=0.5,
+        max_grad_norm=None,
+        lr_scheduler_type="constant",
+        eval_steps=1,
+        save_steps=1,
+    )
+    first = finetune(config)
+    assert first.best_step < first.steps, "the case needs a best step that is not the last"
+    best = Path(config.output_dir) / "checkpoints" / f"step-{first.best_step:06d}"
+    (best / "state.safetensors").write_bytes(b"")
+    again = finetune(config)
+    assert again.best_step == again.steps
+    assert any("cannot be read back" in notice for notice in again.notices)
+
+
+def test_other_versions_are_said_when_a_run_resumes(description, monkeypatch):
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        finetune(description())
+    real = underway.versions()
+    monkeypatch.setattr(underway, "versions", lambda: real | {"torch": "9.9"})
+    notices = finetune(description()).notices
+    assert any(n == f"resumed with torch 9.9, so far it was {real['torch']}" for n in notices)
+
+
+def test_rows_that_change_while_they_are_read_are_refused(description, rows, monkeypatch):
+    read = dataset.read
+
+    def read_and_change(located, *options):
+        found = read(located, *options)
+        rows.write_text(rows.read_text() + "\n")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "read", read_and_change)
+        with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read"):
+            finetune(description())
+    assert finetune(description()).steps == 6
 
 
 def test_data_that_trains_nothing_is_refused(description, rows):

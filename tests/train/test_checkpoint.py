@@ -254,6 +254,37 @@ def test_damage_is_caught_said_and_passed_over(tmp_path: Path) -> None:
         assert "step-000002" in loaded[1][0]
 
 
+def test_a_file_that_was_not_written_with_it_is_caught(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, state(step))
+    (tmp_path / "step-000002" / ".DS_Store").touch()  # a desktop's, no harm
+    assert_holds(tmp_path, 2)
+    (tmp_path / "step-000002" / "optimizer.pt").touch()
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded[0].step == 1
+    assert "step-000002: optimizer.pt was not written with it" in loaded[1][0]
+
+
+def test_what_was_to_be_replaced_is_put_back_when_the_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, state(2))
+    rename, renamed = os.rename, []
+
+    def fails_once(a: str, b: str) -> None:
+        renamed.append(b)
+        if len(renamed) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", fails_once)
+    with pytest.raises(DiskError, match="No space left"):
+        save(tmp_path, state(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+    assert_holds(tmp_path, 2)
+
+
 def test_a_named_step_is_that_one_or_an_error(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, state(step))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +33,8 @@ class Renderer:
 
     `template`: `auto`, `plain`, `turns`, `chatml` or a Jinja file. `stop_id`: the token that ends a
     document where the template names none; default the tokenizer's EOS. `thinking`: answers carry
-    their reasoning, so reasoning templates ask for it. `settings` make an equal renderer again.
+    their reasoning, so reasoning templates ask for it. `day`: the date that templates print, as
+    `2026-01-31`; default today. `settings` make an equal renderer again.
     """
 
     def __init__(
@@ -47,9 +49,11 @@ class Renderer:
         system: str | None = None,
         stop_id: int | None = None,
         thinking: bool = False,
+        day: str | None = None,
     ) -> None:
         self.train_on, self.max_length, self.overlong = train_on, max_length, overlong
         self._system = system
+        now = datetime.now() if day is None else datetime.fromisoformat(day)
         self.settings: dict[str, Any] = {
             "template": template,
             "train_on": train_on,
@@ -59,6 +63,7 @@ class Renderer:
             "system": system,
             "stop_id": stop_id,
             "thinking": thinking,
+            "day": now.date().isoformat(),
         }
         self._codec = Codec(tokenizer)
         self._surfaces = surfaces(
@@ -68,6 +73,7 @@ class Renderer:
             prompt_suffix=prompt_suffix,
             stop_id=stop_id,
             thinking=thinking,
+            now=now,
         )
 
     @property

@@ -87,14 +87,20 @@ def _locate(source: Source, form: str) -> Located:
 
 
 def content_sha256(located: Located) -> str:
-    """Of the bytes of the source's files, in order; of what makes its rows for `builtin`."""
+    """Of the bytes of the source's files, in order; of what makes its rows for `builtin`.
+
+    DataError: a file is gone, or cannot be read.
+    """
     digest = hashlib.sha256()
     if not located.files:
         digest.update(_builtin_identity(located.source))
     for path, name in zip(located.files, located.names, strict=True):
         digest.update(name.encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as fault:
+            raise DataError(f"{path}: cannot be read ({fault.strerror}); restore it") from fault
     return digest.hexdigest()
 
 

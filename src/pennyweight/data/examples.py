@@ -59,9 +59,16 @@ class Examples(Sequence[Example]):
         return lengths
 
     @property
+    def trained_lengths(self) -> np.ndarray:
+        """Trained tokens of each example, `[examples]`."""
+        if not len(self._chosen):
+            return np.zeros(0, np.int64)
+        counts: np.ndarray = np.add.reduceat(self._trained, self._offsets[:-1], dtype=np.int64)
+        return counts[self._chosen]
+
+    @property
     def trained_tokens(self) -> int:
-        counts = np.add.reduceat(self._trained, self._offsets[:-1], dtype=np.int64)
-        return int(counts[self._chosen].sum()) if len(self._chosen) else 0
+        return int(self.trained_lengths.sum())
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """The examples at these indices, which may repeat."""

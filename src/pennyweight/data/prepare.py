@@ -11,7 +11,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pennyweight.errors import DataError
 
 __all__ = ["Prepared", "Question", "located", "prepare"]
 
-_VERSION = 2  # of what the cache holds; raised when rendering changes
+_VERSION = 3  # of what the cache holds; raised when rendering changes
 _ROWS_AT_ONCE = 2000
 _SHAPES_NO_IDS = {"train", "eval", "packing", "split_seed", *LIMITS}
 
@@ -45,7 +46,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """Everything a run needs of its data. `fingerprint`: sha256 of all that shaped it."""
+    """Everything a run needs of its data. `fingerprint`: sha256 of all that shaped it; `made_of`:
+    the same part by part, the settings apart, as a reader should see it.
+    """
 
     train: Examples
     eval: Examples
@@ -53,6 +56,7 @@ class Prepared:
     ledger: Ledger
     renderer: Renderer
     fingerprint: str
+    made_of: dict[str, str] = field(default_factory=dict)
 
     @property
     def eval_prompts(self) -> list[tuple[int, ...]]:
@@ -71,15 +75,22 @@ def prepare(
     stop_id: int | None = None,
     cache_dir: Path | None = None,
     limited: bool = True,
+    day: str | None = None,
 ) -> Prepared:
     """Read, render, split and count; DataError names every fault, and each limit the data is past.
 
     `stop_id`: what ends a document where the template names nothing; default the tokenizer's EOS.
     `cache_dir`: default `$PENNYWEIGHT_CACHE`, else `~/.cache/pennyweight`. `limited` False gives
-    data past its limits too, for a caller that shows it.
+    data past its limits too, for a caller that shows it. `day`: what templates that print the date
+    are told, as `2026-01-31`; default today.
     """
     prepared = _cached_or_made(
-        config, tokenizer, seed=seed, stop_id=stop_id, cache=cache_dir or _default_cache()
+        config,
+        tokenizer,
+        seed=seed,
+        stop_id=stop_id,
+        cache=cache_dir or _default_cache(),
+        day=day or date.today().isoformat(),
     )
     if limited and (past := past_limits(prepared.ledger, config)):
         raise DataError.all(past)
@@ -87,11 +98,11 @@ def prepare(
 
 
 def _cached_or_made(
-    config: DataConfig, tokenizer: Any, *, seed: int, stop_id: int | None, cache: Path
+    config: DataConfig, tokenizer: Any, *, seed: int, stop_id: int | None, cache: Path, day: str
 ) -> Prepared:
     seed = seed if config.split_seed is None else config.split_seed
     training, held = located(config)
-    settings = {
+    settings: dict[str, Any] = {
         "version": _VERSION,
         "data": config.model_dump(mode="json", exclude=_SHAPES_NO_IDS),
         "train": [_said(source) for source in training],
@@ -99,22 +110,26 @@ def _cached_or_made(
         "tokenizer": _tokenizer_sha256(tokenizer),
         "stop_id": stop_id,
         "seed": seed,
-        "surface": _surface_text(config, tokenizer),
+        "surface": _surface_text(config, tokenizer, day),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = cache / "data" / key
+    made_of = _made_of(settings)
     if (cached := load_folder(folder)) is not None:
-        return _from_cache(*cached, config, tokenizer, stop_id, key)
-    prepared, facts = _made(config, tokenizer, training, held, seed=seed, stop_id=stop_id, key=key)
+        found = _from_cache(*cached, config, tokenizer, stop_id, key)
+        return replace(found, made_of=made_of)
+    prepared, facts = _made(
+        config, tokenizer, training, held, seed=seed, stop_id=stop_id, key=key, day=day
+    )
+    _refuse_changed(settings["train"], training)
+    _refuse_changed(settings["eval"] or [], held or [])
     try:
         save_folder(folder, {"train": facts.pop("all"), "eval": prepared.eval}, facts)
     except OSError as error:
         note = f"the prepared data could not be cached in {folder.parent}: {error.strerror}"
         ledger = Ledger(prepared.ledger.rows, (*prepared.ledger.notes, note))
-        return Prepared(
-            prepared.train, prepared.eval, prepared.questions, ledger, prepared.renderer, key
-        )
-    return prepared
+        prepared = replace(prepared, ledger=ledger)
+    return replace(prepared, made_of=made_of)
 
 
 def located(
@@ -138,6 +153,7 @@ def _made(
     seed: int,
     stop_id: int | None,
     key: str,
+    day: str,
 ) -> tuple[Prepared, dict[str, Any]]:
     faults, notes = Faults(), []
     train_rows, times, said = _read(training, config, faults, seed=seed)
@@ -156,7 +172,8 @@ def _made(
         together = "no question" if by == "prompt" else "no row"
         notes.append(f"held out {len(apart):,} rows by hash; {together} is on both sides")
 
-    renderer = _renderer(config, tokenizer, stop_id, _resolved(config, tokenizer, train_rows))
+    resolved = _resolved(config, tokenizer, train_rows) | {"day": day}
+    renderer = _renderer(config, tokenizer, stop_id, resolved)
     notes += renderer.describe()["notes"]
     seen: dict[bytes, str] = {}
     train, train_ledger, index = _rendered(renderer, train_rows, times, "train", seen)
@@ -175,7 +192,7 @@ def _made(
             {"prompt_ids": q.prompt_ids, "reference": q.reference, "source": q.source}
             for q in questions
         ],
-        "resolved": _resolved(config, tokenizer, train_rows),
+        "resolved": resolved,
     }
     return prepared, facts
 
@@ -240,6 +257,7 @@ def _renderer(
         tokenizer,
         template=resolved["template"],
         thinking=resolved["thinking"],
+        day=resolved["day"],
         train_on=config.train_on,
         max_length=config.max_length,
         overlong=config.overlong,
@@ -339,7 +357,31 @@ def _said(place: dataset.Located) -> dict[str, Any]:
     }
 
 
-def _surface_text(config: DataConfig, tokenizer: Any) -> str:
+def _made_of(settings: dict[str, Any]) -> dict[str, str]:
+    parts = {
+        " ".join(filter(None, (part, said["source"]["path"], said["source"]["split"]))): said[
+            "sha256"
+        ]
+        for part in ("train", "eval")
+        for said in settings[part] or ()
+    }
+    rendering = json.dumps([settings[key] for key in ("version", "stop_id", "surface")])
+    parts |= {"tokenizer": settings["tokenizer"]}
+    parts |= {"rendering": hashlib.sha256(rendering.encode()).hexdigest()}
+    return {name: digest[:16] for name, digest in parts.items()}
+
+
+def _refuse_changed(said: list[dict[str, Any]], sources: Sequence[dataset.Located]) -> None:
+    """What was read is what was hashed, or its name would stand for other rows."""
+    for before, located in zip(said, sources, strict=True):
+        if _said(located) != before:
+            raise DataError(
+                f"{located.source.path}: changed while it was read; run the same command again "
+                "once nothing writes to it"
+            )
+
+
+def _surface_text(config: DataConfig, tokenizer: Any, day: str) -> str:
     """What a template file says, and the day where a template prints it."""
     template = config.template
     own = getattr(tokenizer, "chat_template", None)
@@ -348,9 +390,7 @@ def _surface_text(config: DataConfig, tokenizer: Any) -> str:
         path = Path(template)
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if "strftime_now" in text:
-        from datetime import date
-
-        text += date.today().isoformat()
+        text += day
     return text
 
 

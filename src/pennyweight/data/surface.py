@@ -48,8 +48,9 @@ def surfaces(
     prompt_suffix: str,
     stop_id: int | None,
     thinking: bool,
+    now: datetime,
 ) -> dict[Kind, Surface]:
-    """The surface of each kind of row; text is always plain."""
+    """The surface of each kind of row; text is always plain. `now`: what templates take for the clock."""
     stop = codec.eos_id if stop_id is None else stop_id
     plain = Plain(codec, prompt_suffix=prompt_suffix, stop_id=stop)
     if template == "plain":
@@ -58,7 +59,7 @@ def surfaces(
     if template in {"auto", "tokenizer"} and own:
         named = own if isinstance(own, dict) else {"default": own}
         chat: Surface = Templated(
-            tokenizer, codec, named, name="tokenizer", stop_id=stop, thinking=thinking
+            tokenizer, codec, named, name="tokenizer", stop_id=stop, thinking=thinking, now=now
         )
         return {"chat": chat, "prompt": chat, "text": plain}
     if template == "tokenizer":
@@ -71,6 +72,7 @@ def surfaces(
         name="turns" if template == "auto" else template,
         stop_id=stop,
         thinking=thinking,
+        now=now,
     )
     return {"chat": chat, "prompt": plain if template == "auto" else chat, "text": plain}
 
@@ -167,9 +169,9 @@ class Templated(_Ending):
         name: str,
         stop_id: int | None,
         thinking: bool,
+        now: datetime,
     ) -> None:
         self.name, self._codec, self._thinking = name, codec, thinking
-        now = datetime.now()
         shown = "the tokenizer's chat template" if name == "tokenizer" else name
         self._templates = {
             key: ChatTemplate(source, name=shown, now=now) for key, source in sources.items()
@@ -193,7 +195,7 @@ class Templated(_Ending):
         self.stop_id, self.stop_text = printed[0] if printed else (fallback_id, fallback_text)
         self.stop_ids = frozenset({self.stop_id, fallback_id})
         self.closers = tuple(dict.fromkeys([*(text for _, text in printed), fallback_text]))
-        self.notes = self._notes()
+        self.notes = self._notes(now)
         clock = now.date() if any(t.reads_clock for t in self._templates.values()) else ""
         self.identity = json.dumps([sorted(sources.items()), self._variables, str(clock), stop_id])
 
@@ -311,14 +313,14 @@ class Templated(_Ending):
         added = [(i, self._codec.text_of(i)) for i in tail if i in self._codec.added_ids]
         return [(i, text) for i, text in added if text is not None]
 
-    def _notes(self) -> tuple[str, ...]:
+    def _notes(self, now: datetime) -> tuple[str, ...]:
         notes = []
         if self._folds_system:
             notes.append("system messages are put before the first user message")
         if not self.prints_stop:
             notes.append(f"the template prints no stop token; {self.stop_text} is put after it")
         if any(t.reads_clock for t in self._templates.values()):
-            notes.append("the template prints today's date")
+            notes.append(f"the template prints the date; it is told {now.date()}")
         if "enable_thinking" in self._variables:
             notes.append(f"enable_thinking is {self._variables['enable_thinking']}")
         return tuple(notes)

@@ -6,6 +6,7 @@ description again resumes: all that the run needs to go on stands in its output 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from pennyweight.config import RunConfig, resolve
 from pennyweight.data.prepare import prepare
 from pennyweight.errors import Interrupted
 from pennyweight.files import disk_faults
+from pennyweight.finetune.rehearsal import rehearse
 from pennyweight.finetune.seen import Seen, look
-from pennyweight.finetune.underway import Run, RunResult, data_size, stop_id
+from pennyweight.finetune.underway import Run, RunResult, data_size, day_of, stop_id
 from pennyweight.model import load_base
 from pennyweight.plan import plan
 from pennyweight.runs import RunFolder
@@ -36,13 +38,20 @@ def finetune(
     `origin` and `text` (where each value came from, the YAML as written) are kept beside the
     result. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
     """
+    began = time.perf_counter()
     config = resolve(config)
     folder = RunFolder(Path(config.output_dir))
     with disk_faults(folder.path, AGAIN), RunLock(folder.path), StopRequest() as stop:
         tidy(folder.checkpoints)
         with stop.at_once("nothing was begun, so nothing is lost"):
             base = load_base(config.base, trainable=config.train.method == "full")
-            data = prepare(config.data, base.tokenizer, seed=config.seed, stop_id=stop_id(base))
+            data = prepare(
+                config.data,
+                base.tokenizer,
+                seed=config.seed,
+                stop_id=stop_id(base),
+                day=day_of(folder),
+            )
             restart_peak(base.device)
             predicted = plan(config, rows=data_size(data))
             if predicted.recompute != "none" or config.train.gradient_checkpointing is True:
@@ -53,8 +62,11 @@ def finetune(
                 folder.describe(config, origin=origin, text=text)
                 data.ledger.write(folder.ledger)
                 folder.keep_held_out(data, config.evaluate.max_rows)
+                if run.trainee.step < run.total_steps:
+                    predicted = rehearse(run, predicted, resumed=resumed is not None)
                 run.introduce(predicted, resumed)
             run.settle()
+            run.begin(time.perf_counter() - began)
             for step in train(
                 run.trainee,
                 run.micro_batches,

@@ -15,23 +15,29 @@ from pennyweight.model import BaseModel
 from pennyweight.optim import adamw, lr_at
 from pennyweight.train import Trainee
 
-__all__ = ["micro_batches", "trainee", "what_learns"]
+__all__ = ["budget_tokens", "micro_batches", "trainee", "what_learns"]
 
 
 def micro_batches(config: RunConfig, lengths: np.ndarray, epoch: int) -> list[tuple[int, ...]]:
     """The epoch's micro-batches as indices of examples; a pure function of lengths, seed and epoch."""
-    train = config.train
-    budget = train.batch_size * config.data.max_length
-    if train.tokens_per_step is not None:
-        budget = max(1, train.tokens_per_step // train.gradient_accumulation_steps)
-    packing = config.data.packing
+    budget = budget_tokens(config)
     return order(
         lengths,
         seed=config.seed,
         epoch=epoch,
-        budget_tokens=budget if packing else None,
-        rows=None if packing else train.batch_size,
+        budget_tokens=budget,
+        rows=config.train.batch_size if budget is None else None,
     )
+
+
+def budget_tokens(config: RunConfig) -> int | None:
+    """Tokens that a micro-batch is packed to; None where it is a fixed number of rows."""
+    train = config.train
+    if not config.data.packing:
+        return None
+    if train.tokens_per_step is not None:
+        return max(1, train.tokens_per_step // train.gradient_accumulation_steps)
+    return train.batch_size * config.data.max_length
 
 
 def what_learns(base: BaseModel, config: RunConfig) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pennyweight.config import RunConfig
 from pennyweight.data.batch import Batch, collate
+from pennyweight.data.examples import Examples
 from pennyweight.data.limits import LIMITS
 from pennyweight.data.prepare import Prepared
 from pennyweight.errors import DiskError, Interrupted
@@ -24,6 +25,7 @@ from pennyweight.train import (
     CheckpointState,
     Step,
     StopRequest,
+    glimpse,
     load_latest,
     load_step,
     peak_memory_bytes,
@@ -35,10 +37,12 @@ from pennyweight.train import (
     save,
 )
 
-__all__ = ["Run", "RunResult", "stop_id", "versions"]
+__all__ = ["Run", "RunResult", "data_size", "day_of", "stop_id", "versions"]
 
 # Settings that shape what is learned, or which step of it is best.
 SHAPES_THE_RUN = ("base.", "adapter.", "data.", "train.", "seed", "evaluate.max_rows")
+# Tokens evaluated at once, as long as memory does.
+EVALUATION_TOKENS = 4096
 # Settings that may change between a run and its resumption: they do not touch what is learned.
 FREE_TO_CHANGE = frozenset(
     {
@@ -62,6 +66,7 @@ class RunResult:
     best_step: int
     trained_tokens: int
     train_seconds: float
+    seconds_to_first_step: float
     loss_before: float | None
     loss_after: float | None
     loss_change: dict[str, Any] | None
@@ -101,6 +106,8 @@ class Run:
         self.best_step, self.best_loss, self.misses = 0, math.inf, 0
         self.loss_before: float | None = None
         self.train_seconds = 0.0
+        self.seconds_to_first_step = 0.0
+        self.evaluation_tokens = EVALUATION_TOKENS
         self.stopped_early = False
         self.owes_evaluation = False  # of the step just taken
         self.saved: tuple[int, bool] | None = None  # the step last saved, and what it owed
@@ -117,17 +124,35 @@ class Run:
         """The epoch's micro-batches as indices of examples; a pure function of seed and epoch."""
         return micro_batches(self.config, self.data.train.lengths, epoch)
 
+    @property
+    def held_out_rows(self) -> Examples:
+        """The rows that evaluations of the run measure."""
+        return self.data.eval[: self.config.evaluate.max_rows]
+
     def collated(self, indices: Sequence[int]) -> Batch:
         return collate([self.data.train[i] for i in indices], self.slot)
 
     def resume(self) -> int | None:
-        """Take up the newest whole checkpoint, if there is one of this very run; gives its step."""
+        """Take up the newest whole checkpoint, if there is one of this very run; gives its step.
+
+        None where there is none, or where it is of step 0.
+        """
         found = load_latest(self.folder.checkpoints)
         if found is None:
             self.report.begin()
             return None
         state, passed_over = found
-        require_same(state.identity, self.identity())
+        if state.step or passed_over:
+            require_same(state.identity, self.identity())
+        if state.step == 0:  # nothing was learned yet: begin anew
+            self.report.begin()
+        else:
+            self._restore(state)
+        for why in passed_over:
+            self.notice(f"passed over a checkpoint that is not whole: {why}")
+        return state.step or None
+
+    def _restore(self, state: CheckpointState) -> None:
         self.trainee.restore(state.tensors, state.progress)
         restore_random(state.tensors)
         own = state.progress["run"]
@@ -139,9 +164,6 @@ class Run:
         for name, number in versions().items():
             if (before := state.progress["versions"].get(name)) != number:
                 self.notice(f"resumed with {name} {number}, so far it was {before}")
-        for why in passed_over:
-            self.notice(f"passed over a checkpoint that is not whole: {why}")
-        return state.step
 
     def introduce(self, predicted: Plan, resumed: int | None) -> None:
         """Say what is about to happen, and measure the base before anything is learned."""
@@ -160,6 +182,12 @@ class Run:
         self.loss_before = self._held_out(None)
         if self.loss_before is not None:
             self.report.evaluation(0, self.loss_before)
+
+    def begin(self, seconds: float) -> None:
+        """Say how long it took to get here; the first step comes next."""
+        self.seconds_to_first_step = seconds
+        self.report.event("first_step", seconds=seconds)
+        self.report.say(f"first step after {seconds:.1f} s")
 
     def after(self, step: Step) -> None:
         """What follows an optimizer step: report, evaluate, checkpoint."""
@@ -200,6 +228,7 @@ class Run:
             "train_seconds": self.train_seconds,
             "stopped_early": self.stopped_early,
             "owes_evaluation": self.owes_evaluation,
+            "day": self.data.renderer.settings["day"],
             "notices": self.notices,
             "events_offset": self.report.offset,
         }
@@ -225,6 +254,7 @@ class Run:
             best_step=self.best_step or steps,
             trained_tokens=trained_tokens,
             train_seconds=self.train_seconds,
+            seconds_to_first_step=self.seconds_to_first_step,
             loss_before=self.loss_before,
             loss_after=change["after"] if change else None,
             loss_change=change,
@@ -256,7 +286,8 @@ class Run:
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint must share with the run that takes it up."""
-        parts = {"data": self.data.fingerprint, "base": self.base.fingerprint}
+        parts = {"base": self.base.fingerprint}
+        parts |= {f"data, {name}": digest for name, digest in self.data.made_of.items()}
         for key, value in _flat(self.config.model_dump(mode="json")):
             if key.startswith(SHAPES_THE_RUN) and key not in FREE_TO_CHANGE:
                 parts[key] = repr(value)
@@ -301,8 +332,11 @@ class Run:
         return None if report is None else report.loss
 
     def _loss_report(self, adapter: str | None) -> LossReport | None:
-        rows = self.data.eval[: self.config.evaluate.max_rows]
-        return evaluate_loss(self.base, read_by(in_batches(rows), adapter)) if len(rows) else None
+        rows = self.held_out_rows
+        if not len(rows):
+            return None
+        batches = in_batches(rows, budget_tokens=self.evaluation_tokens)
+        return evaluate_loss(self.base, read_by(batches, adapter))
 
     def _change(self) -> dict[str, Any] | None:
         """Held-out loss before and after on the same rows, with the interval of the difference."""
@@ -324,6 +358,13 @@ class Run:
 def data_size(data: Prepared) -> DataSize:
     lengths = data.train.lengths
     return DataSize(rows=len(lengths), tokens=int(sum(lengths)), longest=int(max(lengths)))
+
+
+def day_of(folder: RunFolder) -> str | None:
+    """The day that the run's templates print: that of its first start, None before it."""
+    own = glimpse(folder.checkpoints).get("run")
+    day = own.get("day") if isinstance(own, dict) else None
+    return day if isinstance(day, str) else None
 
 
 def stop_id(base: BaseModel) -> int | None:

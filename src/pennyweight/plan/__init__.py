@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pennyweight.config import RunConfig
 from pennyweight.errors import ConfigError
+from pennyweight.plan.batches import batch_peaks
 from pennyweight.plan.cost import Cost, Disk, cost, disk
 from pennyweight.plan.devices import DEVICES, Device, named_device, parse_memory
 from pennyweight.plan.guess import guess_rows
@@ -27,6 +28,7 @@ __all__ = [
     "Fit",
     "Part",
     "Plan",
+    "batch_peaks",
     "fit",
     "named_device",
     "parse_memory",

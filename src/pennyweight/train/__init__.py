@@ -2,6 +2,7 @@
 
 from pennyweight.train.checkpoint import (
     CheckpointState,
+    glimpse,
     load_latest,
     load_step,
     require_same,
@@ -14,7 +15,9 @@ from pennyweight.train.loop import StopRequest, planned_steps, train
 from pennyweight.train.memory import (
     disable_checkpointing,
     enable_checkpointing,
+    is_out_of_memory,
     peak_memory_bytes,
+    release_cached,
     restart_peak,
     saved_bytes,
 )
@@ -29,11 +32,14 @@ __all__ = [
     "Trainee",
     "disable_checkpointing",
     "enable_checkpointing",
+    "glimpse",
+    "is_out_of_memory",
     "load_latest",
     "load_step",
     "peak_memory_bytes",
     "planned_steps",
     "random_tensors",
+    "release_cached",
     "require_same",
     "restart_peak",
     "restore_random",

@@ -26,6 +26,7 @@ from pennyweight.files import make_folder, sync
 
 __all__ = [
     "CheckpointState",
+    "glimpse",
     "load_latest",
     "load_step",
     "require_same",
@@ -107,12 +108,26 @@ def load_step(folder: Path, step: int) -> CheckpointState:
     return _read(folder / f"step-{step:06d}")
 
 
+def glimpse(folder: Path) -> dict[str, Any]:
+    """The progress that the newest readable checkpoint tells, unverified; empty where there is none.
+
+    For what all checkpoints of a run agree on and is needed before one can be taken up.
+    """
+    for place in _places(folder):
+        try:
+            progress: dict[str, Any] = json.loads((place / _PROGRESS).read_bytes())["progress"]
+            return progress
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
 def retire(folder: Path, keep: int, best: int | None = None) -> list[Path]:
     """Remove all but the newest `keep` checkpoints, the one of step `best`, and the newest that
     verifies. Gives what was removed.
     """
     places = [place for place in _places(folder) if not place.name.startswith(".")]
-    kept = {place.name for place in places[:keep]} | {f"step-{best or 0:06d}"}
+    kept = {place.name for place in places[:keep]} | ({f"step-{best:06d}"} if best else set())
     kept |= {next((place.name for place in places if _verifies(place)), "")}
     removed = [place for place in places if place.name not in kept]
     for place in removed:

@@ -103,6 +103,21 @@ class Trainee:
             waiting = list(range(len(self._window)))
         return self._sums[-1]
 
+    def rehearse(self, batch: Batch, *, accumulating: bool = False) -> tuple[str, ...]:
+        """A forward and backward over `batch` that leaves nothing behind but `limit_tokens`.
+
+        With `accumulating` a second one runs beside the gradients of the first, as in a step of
+        several micro-batches. Gives what there is to say of it; MemoryExhausted as above.
+        """
+        assert not self._window, "a rehearsal stands between optimizer steps"
+        try:
+            for _ in range(2 if accumulating else 1):
+                self.forward_backward(batch)
+            return tuple(self._notices)
+        finally:
+            self._drop_gradients()
+            self._window, self._notices = [], []
+
     def advance(self, micro_batches: int, *, of: int) -> float:
         """Move on in an epoch of `of` micro-batches; gives the passes over the data made so far."""
         self.micro_batch += micro_batches
