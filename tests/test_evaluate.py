@@ -23,6 +23,7 @@ from pennyweight.evaluate import (
     paired_answers,
     read_by,
     rouge_l,
+    student,
     wilson,
 )
 from pennyweight.generate import Request
@@ -244,3 +245,23 @@ def test_real_models_have_their_known_losses(
     )
     golden = json.loads((models / "GOLDEN_bnb_losses.json").read_text(encoding="utf-8"))
     assert evaluate_loss(base, [packed]).loss == pytest.approx(golden["stories260k"][key], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "quantile"), [(2, 12.706), (3, 4.303), (9, 2.306), (10, 2.262), (31, 2.042)]
+)
+def test_student_is_the_table(count: int, quantile: float) -> None:
+    values = [float(i) for i in range(count)]
+    spread = np.std(values, ddof=1) / math.sqrt(count)
+    between = student(values)
+    assert between is not None
+    assert (between[1] - between[0]) / 2 == pytest.approx(quantile * spread, rel=3e-4)
+    assert sum(between) / 2 == pytest.approx((count - 1) / 2)
+    assert student([1.0]) is None
+
+
+def test_a_bootstrap_over_ratios_takes_any_weights() -> None:
+    """As for the share of one gain in another, both summed over the same documents."""
+    between = bootstrap([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    assert between == pytest.approx((0.5, 0.5))
+    assert bootstrap([1.0, -1.0], [0.5, -0.5]) is not None

@@ -21,6 +21,7 @@ VERBS = [
     "preview",
     "plan",
     "train",
+    "compare",
     "evaluate",
     "chat",
     "merge",
@@ -272,6 +273,23 @@ def test_evaluate_shows_base_and_adapter_side_by_side(run: Any, room: Any) -> No
     assert "loss difference  -1.25  [-1.5, -1], 1,200 rows" in text
     assert "2.5  [2.4, 2.6]" in text
     assert "1,200" in text
+
+
+def test_compare_takes_its_lists_as_options(run: Any, room: Any, tmp_path: Path) -> None:
+    def compare(config: Any) -> Any:
+        return SimpleNamespace(to_dict=lambda: config.compare.model_dump())
+
+    room("compare", compare=compare)
+    path = tmp_path / "run.yaml"
+    path.write_text("compare: {seeds: [9], range_steps: 5}\n", encoding="utf-8")
+    lists = ["--ranks", "4,8", "--seeds", "0,1", "--arms", "lora,full"]
+    said = run("compare", str(path), "compare.range_rows=7", *lists, "--json").json
+    assert (said["ranks"], said["seeds"], said["arms"]) == ([4, 8], [0, 1], ["lora", "full"])
+    assert (said["range_steps"], said["range_rows"]) == (5, 7)
+    wrong = run("compare", str(path), "--arms", "lora,qlroa")
+    assert wrong.code == 2
+    assert "compare.arms" in wrong.err
+    assert "compare-part" not in run("--help").out
 
 
 def test_figures_are_said_with_their_units() -> None:

@@ -160,7 +160,7 @@ BROKEN = {
     "never comes down": "train: {lr_scheduler_type: constant, min_lr_ratio: 0.1}",
     "stopping early": "train: {early_stopping_patience: 3}\ndata: {eval_fraction: 0}",
     "evaluating needs": "train: {eval_steps: 3}\ndata: {eval_fraction: 0}",
-    "each name is an arm": "compare: {ranks: [4], learning_rates: {lora-r8: 1e-3}}",
+    "each name is an arm": "compare: {learning_rates: {lora: 2e-4, qlroa: 1e-3}}",
     "same in every arm": "compare: {ranks: [4]}\nadapter: {rank_pattern: {q_proj: 2}}",
     "goes upwards": "compare: {range_from: 0.1}",
 }

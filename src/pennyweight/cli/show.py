@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Printer",
     "checks",
+    "comparison",
     "converse",
     "evaluation",
     "facts",
@@ -224,6 +225,20 @@ def plan(said: Any) -> Any:
 
     rows = table(("", "size", ""), said.table_rows(), figures=(1,))
     return Group(rows, said.sentence())
+
+
+def comparison(found: Any) -> Any:
+    """The comparison's tables under their titles, and how to read them."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from pennyweight.compare import notes, tables
+
+    parts: list[Any] = []
+    for each in tables(found):
+        parts.append(Text(each.title, style="bold"))
+        parts.append(table(each.columns, each.rows, figures=range(1, len(each.columns))))
+    return Group(*parts, *(Text(note) for note in notes(found)))
 
 
 def plain_fields(value: Any) -> dict[str, Any]:

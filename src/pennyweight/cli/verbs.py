@@ -147,6 +147,46 @@ def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> N
 
 
 @app.command()
+def compare(
+    run: RunFile,
+    overrides: Overrides = None,
+    arms: Annotated[str | None, typer.Option(help="Methods to compare: full,lora,qlora.")] = None,
+    ranks: Annotated[str | None, typer.Option(help="Ranks to compare: 4,8,16,32,64.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, a run each: 0,1,2.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train base, LoRA, QLoRA and full side by side: same rows, same tokens.
+
+    One table with intervals; the same command again resumes.
+    """
+    from pennyweight.config import load_run
+
+    with show.Printer(as_json) as printer:
+        lists = {"compare.arms": arms, "compare.ranks": ranks, "compare.seeds": seeds}
+        given = [f"{key}=[{value}]" for key, value in lists.items() if value is not None]
+        config = load_run(run, [*(overrides or ()), *given]).config
+        from pennyweight.compare import compare as side_by_side
+
+        found = side_by_side(config)
+        printer.give(found.to_dict(), lambda: show.comparison(found))
+
+
+@app.command("compare-part", hidden=True)
+def compare_part(
+    name: Annotated[str, typer.Argument(help="Which part; its job is JSON on stdin.")],
+    as_json: Json = False,
+) -> None:
+    """One part of a comparison, in a process of its own."""
+    import json
+
+    from pennyweight.compare import run_part
+
+    with show.Printer(as_json) as printer:
+        answer = run_part(name, json.load(sys.stdin))
+        printer.give(answer, lambda: show.facts(answer))
+
+
+@app.command()
 def evaluate(
     run: RunFolder,
     rows: Annotated[

@@ -54,13 +54,9 @@ def _four_bits(run: RunConfig) -> bool:
 
 
 def _names_no_arm(run: RunConfig) -> bool:
-    """Whether a learning rate is given for what is no arm of the comparison."""
-    arms: set[str] = {*run.compare.arms}
-    ranks = run.compare.ranks or (run.adapter.r,)
-    arms |= {
-        f"{method}-r{rank}" for method in run.compare.arms for rank in ranks if method != "full"
-    }
-    return not arms.issuperset(run.compare.learning_rates)
+    """Whether a learning rate is given for what could not be an arm."""
+    arm = re.compile(r"full|q?lora(-r[1-9][0-9]*)?")
+    return not all(arm.fullmatch(name) for name in run.compare.learning_rates)
 
 
 def _nothing_held_out(run: RunConfig) -> bool:
@@ -201,9 +197,8 @@ RULES: tuple[Rule, ...] = (
         lambda run, given: run.train.eval_steps is not None and _nothing_held_out(run),
     ),
     Rule(
-        ("compare.learning_rates", "compare.arms", "compare.ranks"),
-        "each name is an arm: a method of compare.arms such as lora, or one with a rank that is "
-        "compared, such as lora-r16",
+        ("compare.learning_rates",),
+        "each name is an arm: full, lora or qlora, or an adapter of one rank, such as lora-r16",
         lambda run, given: _names_no_arm(run),
     ),
     Rule(

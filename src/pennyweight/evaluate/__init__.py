@@ -10,12 +10,13 @@ from pennyweight.evaluate.answers import (
     paired_answers,
     rouge_l,
 )
-from pennyweight.evaluate.intervals import Difference, bootstrap, wilson
+from pennyweight.evaluate.intervals import Difference, Interval, bootstrap, student, wilson
 from pennyweight.evaluate.losses import LossReport, evaluate_loss, in_batches, paired, read_by
 
 __all__ = [
     "AnswerReport",
     "Difference",
+    "Interval",
     "LossReport",
     "bootstrap",
     "evaluate_answers",
@@ -26,5 +27,6 @@ __all__ = [
     "paired_answers",
     "read_by",
     "rouge_l",
+    "student",
     "wilson",
 ]

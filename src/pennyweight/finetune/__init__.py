@@ -22,7 +22,7 @@ from pennyweight.plan import plan
 from pennyweight.runs import RunFolder
 from pennyweight.train import RunLock, StopRequest, enable_checkpointing, restart_peak, tidy, train
 
-__all__ = ["RunResult", "Seen", "finetune", "look"]
+__all__ = ["AGAIN", "RunResult", "Seen", "finetune", "look"]
 
 AGAIN = "free some space or mend the folder, then run the same command again"
 
