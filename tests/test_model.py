@@ -174,7 +174,8 @@ def test_a_broken_folder_is_named(tiny_llama_folder, tmp_path, damage, says):
 
 def test_missing_misshapen_and_infinite_weights_are_refused(tiny_llama_folder, tmp_path):
     folder = copy_of(tiny_llama_folder, tmp_path / "m")
-    good = load_file(folder / "model.safetensors")
+    # Copies: the file that older safetensors keep mapped is written over below.
+    good = {name: each.clone() for name, each in load_file(folder / "model.safetensors").items()}
     key = "model.layers.0.self_attn.q_proj.weight"
 
     def with_weights(tensors: dict[str, torch.Tensor]) -> BaseConfig:
@@ -196,7 +197,7 @@ def test_missing_misshapen_and_infinite_weights_are_refused(tiny_llama_folder, t
 def test_fingerprints_tell_bases_of_one_shape_apart(tiny_llama_folder, tmp_path):
     folder = copy_of(tiny_llama_folder, tmp_path / "m")
     assert fingerprint(folder) == fingerprint(tiny_llama_folder)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: each.clone() for name, each in load_file(folder / "model.safetensors").items()}
     tensors["model.norm.weight"] += 1e-3
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint(folder) != fingerprint(tiny_llama_folder)

@@ -18,9 +18,9 @@ __all__ = ["Check", "doctor"]
 _NEEDED = (
     ("torch", (2, 10)),
     ("transformers", (5, 3)),
-    ("tokenizers", (0, 21)),
+    ("tokenizers", (0, 22, 1)),
     ("safetensors", (0, 5)),
-    ("huggingface_hub", (1, 0)),
+    ("huggingface_hub", (1, 3)),
     ("numpy", (1, 26)),
     ("pydantic", (2, 9)),
 )
