@@ -13,7 +13,8 @@ from typing import Any
 
 from pennyweight.config.keys import KEYS, value_at
 from pennyweight.config.schema import RunConfig, Source
-from pennyweight.errors import ConfigError
+from pennyweight.errors import AdapterError, ConfigError
+from pennyweight.patterns import pattern
 
 __all__ = ["RULES", "Rule", "broken_rules", "given_keys", "origins", "resolve"]
 
@@ -34,8 +35,8 @@ def _targets_are_no_pattern(run: RunConfig, given: Given) -> bool:
     if not isinstance(targets, str):
         return False
     try:
-        re.compile(targets)
-    except re.error:
+        pattern(targets)
+    except AdapterError:
         return True
     return False
 

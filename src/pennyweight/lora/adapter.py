@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,11 @@ from pennyweight.lora.peft_layout import (
     TENSORS,
     config_from,
     narrowing,
-    rank_fault,
+    product_fault,
     read_json,
     read_tensors,
     settings_of,
+    strange_settings,
     targeted,
     tensors_of,
     write_json,
@@ -33,6 +35,7 @@ from pennyweight.lora.targets import alpha_of, ends_with, rank_of
 __all__ = ["Adapter"]
 
 OURS, CARD = "pennyweight.json", "README.md"
+FINGERPRINT = re.compile(r"[0-9a-f]{1,128}")
 KEPT_APART = ("format", "base", "loraplus_lr_ratio")
 
 
@@ -56,8 +59,7 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """alpha / r at one module, or alpha / sqrt(r) with rsLoRA."""
-        r = rank_of(module, self.config)
-        return alpha_of(module, self.config) / (math.sqrt(r) if self.config.use_rslora else r)
+        return scaling_of(module, self.config)
 
     def delta(self, module: str) -> Tensor:
         """scaling * B A of one module, `[out, in]`, in float32."""
@@ -100,19 +102,21 @@ class Adapter:
     def load(cls, folder: Path | str) -> Adapter:
         """Read a folder in PEFT's layout; AdapterError names every fault at once."""
         folder = Path(folder)
-        settings = read_json(folder / SETTINGS, f"{folder}: not an adapter; it has no {SETTINGS}")
+        settings = read_json(folder, SETTINGS)
+        if settings is None:
+            raise AdapterError(f"{folder}: not an adapter{_why_not(folder)}")
         config, faults, notes = config_from(settings, folder / SETTINGS)
-        factors, saved, along, tensor_faults = read_tensors(folder)
-        faults += tensor_faults
-        if config is not None:
-            found = (rank_fault(path, pair, config) for path, pair in factors.items())
+        factors, saved, along, tensor_faults = read_tensors(folder, None if faults else config)
+        ours = read_json(folder, OURS) or {}
+        faults += [*tensor_faults, *_strange(ours, folder / OURS)]
+        if config is not None and not faults:
+            scalings = {path: scaling_of(path, config) for path in factors}
+            found = (product_fault(p, pair, scalings[p]) for p, pair in factors.items())
             faults += [fault for fault in found if fault]
         if faults or config is None:
             raise AdapterError.all(faults[:20])
-        ours = read_json(folder / OURS, "") if (folder / OURS).is_file() else {}
-        base = ours["base"] if isinstance(ours.get("base"), dict) else {}
-        ratio = ours.get("loraplus_lr_ratio")
-        if isinstance(ratio, int | float) and ratio > 0:
+        base = ours.get("base") or {}
+        if ratio := ours.get("loraplus_lr_ratio"):
             config = config.model_copy(update={"loraplus_lr_ratio": float(ratio)})
         return cls(
             config=config,
@@ -124,6 +128,37 @@ class Adapter:
             notes=(*notes, *_idle_targets(config, factors, narrowing(settings))),
             along=along,
         )
+
+
+def scaling_of(module: str, config: LoraConfig) -> float:
+    """alpha / r at one module, or alpha / sqrt(r) with rsLoRA."""
+    r = rank_of(module, config)
+    return alpha_of(module, config) / (math.sqrt(r) if config.use_rslora else r)
+
+
+def _why_not(folder: Path) -> str:
+    if folder.is_file():
+        return "; it is a file, and an adapter is a folder: unpack an archive first"
+    return f"; it has no {SETTINGS}" if folder.is_dir() else "; there is no such folder"
+
+
+def _strange(ours: Mapping[str, Any], path: Path) -> list[str]:
+    """What in our own file is not what `save` writes."""
+    base = ours.get("base")
+    ratio, names = ours.get("loraplus_lr_ratio"), ours.get("target_names")
+    fits = {
+        "base": base is None
+        or (
+            isinstance(base, dict)
+            and isinstance(base.get("name", ""), str)
+            and FINGERPRINT.fullmatch(str(base.get("fingerprint") or "0"))
+        ),
+        "loraplus_lr_ratio": ratio is None or (type(ratio) in (int, float) and 0 < ratio < 1e9),
+        "target_names": names is None
+        or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
+    }
+    faults = [f"{key}: not what was written there" for key, good in fits.items() if not good]
+    return [f"{path}: {fault}" for fault in (*faults, *strange_settings(ours))]
 
 
 def _idle_targets(

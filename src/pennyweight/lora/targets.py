@@ -12,6 +12,7 @@ from torch import nn
 from pennyweight.config import LoraConfig
 from pennyweight.errors import AdapterError
 from pennyweight.lora.layer import AdaptedModule
+from pennyweight.patterns import pattern
 
 __all__ = ["alpha_of", "ends_with", "linear_modules", "rank_of", "target_names", "targets"]
 
@@ -60,13 +61,8 @@ def _by_pattern(inner: list[str], every: list[str], spec: str) -> tuple[str, ...
     if spec in known:
         chosen = tuple(n for n in inner if known[spec].search(n))
     else:
-        try:
-            pattern = re.compile(spec)
-        except re.error as fault:
-            raise AdapterError(
-                f"adapter.target_modules {spec!r}: not a regular expression ({fault})"
-            ) from None
-        chosen = tuple(n for n in every if pattern.fullmatch(n))
+        wanted = pattern(spec)
+        chosen = tuple(n for n in every if wanted.fullmatch(n))
     if not chosen:
         raise AdapterError(_nothing(spec, every))
     return chosen
@@ -92,7 +88,7 @@ def alpha_of(name: str, config: LoraConfig) -> float:
 
 def _patterned(name: str, patterns: Mapping[str, Number], default: Number) -> Number:
     for key, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
+        if ends_with(name, key) or pattern(rf"(.*\.)?({key})").fullmatch(name):
             return value
     return default
 
