@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from pennyweight import __version__
 from pennyweight.config import RunConfig
 from pennyweight.data.batch import Batch, collate
 from pennyweight.data.examples import Examples
@@ -374,8 +375,9 @@ def stop_id(base: BaseModel) -> int | None:
 
 def versions() -> dict[str, str]:
     """Versions a reader needs to repeat a run."""
-    names = ("pennyweight", "torch", "transformers", "tokenizers", "safetensors")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    names = ("torch", "transformers", "tokenizers", "safetensors")
+    ours = {"python": platform.python_version(), "pennyweight": __version__}
+    return ours | {name: version(name) for name in names}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,102 @@
+"""The GPU's table of planned and measured memory, made here on a CPU with toy shapes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import gpu
+from benchmarks.random_llama import SHAPES, fill_with_noise, write_hollow
+
+from pennyweight.config import BaseConfig
+from pennyweight.model import load_base
+
+ROOT = Path(__file__).resolve().parents[1]
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+
+
+def test_rows_are_planned_measured_and_added_to_the_page(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--tiny", "--only", "128", "--results", str(tmp_path)]
+    assert gpu.main(words) == 0
+    page = (tmp_path / "gpu-plan.md").read_text(encoding="utf-8")
+    rows = [row.split(" | ") for row in page.splitlines() if row.startswith("| tiny")]
+    assert [(row[1], row[3]) for row in rows] == [
+        ("qlora", "none"),
+        ("qlora", "full"),
+        ("lora", "none"),
+        ("lora", "full"),
+    ]
+    for *_, planned, found, ratio in rows:
+        predicted, counted = (int(cell.replace(",", "")) for cell in (planned, found))
+        assert counted > 0
+        assert float(ratio.rstrip(" |")) == pytest.approx(predicted / counted, abs=1e-3)
+    assert gpu.main([*words, "--deadline", "0"]) == 0
+    again = (tmp_path / "gpu-plan.md").read_text(encoding="utf-8")
+    assert again.startswith(page)
+    assert again.count("no time left") == 4
+
+
+def test_a_case_that_fails_is_told_and_the_next_ones_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(base: object, case: gpu.Case, config: object) -> int:
+        if case.recompute:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        return 1000
+
+    monkeypatch.setattr(gpu, "measured", measured)
+    words = ["--device", "cpu", "--tiny", "--only", "qlora 128", "--results", str(tmp_path)]
+    assert gpu.main(words) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert "| 1,000 |" in first
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate" in second
+
+
+def test_a_hollow_model_takes_no_room_and_its_noise_is_like_weights(tmp_path: Path) -> None:
+    folder = write_hollow(SHAPES["tiny"], tmp_path / "m")
+    weights = (folder / "model.safetensors").stat()
+    assert weights.st_size > 2_000_000
+    if hasattr(weights, "st_blocks") and sys.platform.startswith("linux"):
+        assert weights.st_blocks * 512 < 65_536
+    base = load_base(BaseConfig(model=str(folder), dtype="float32", device="cpu"))
+    fill_with_noise(base, seed=0)
+    layer = base.module.get_submodule("model.layers.0.mlp.up_proj")
+    dense = layer.dequantize()
+    assert 0.005 < float(dense.std()) < 0.02
+    assert 0.005 < float(base.head.weight.std()) < 0.02
+    ids = torch.arange(6)
+    with torch.inference_mode(), base.route.over((0, 6), (None,)):
+        logits = base.logits(base.hidden(ids, ids))
+    assert torch.isfinite(logits).all()
+    assert float(logits.std()) > 0
+
+
+@no_gpu
+def test_without_a_gpu_nothing_is_done_and_the_exit_code_is_2(tmp_path: Path) -> None:
+    assert gpu.main(["--results", str(tmp_path)]) == 2
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu"), "--results", str(tmp_path)],
+        env=os.environ | {"PENNYWEIGHT_GPU_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "nothing was done" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_figures_of_a_cpu_stay_out_of_the_committed_table() -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--tiny"])
+
+
+def test_the_matrix_is_predicted_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--dry-run", "--only", "8B qlora 2048"]) == 0
+    (plain, recompute) = capsys.readouterr().out.splitlines()
+    assert plain.endswith(" GB")
+    assert float(recompute.split()[-2]) < float(plain.split()[-2]) < 40
