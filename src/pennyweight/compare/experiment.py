@@ -120,9 +120,10 @@ class Experiment:
         self.found.rates[arm] = rate
 
     def _tuned(self, arm: Arm) -> float | None:
-        """The arm's learning rate by the range test, with the first seed."""
+        """The arm's learning rate by the range test. Its seed is the description's own, so that
+        other `seeds` leave the rate as it is."""
         told = self.config.compare
-        run = self._run(arm, self.seeds[0], None)
+        run = self._run(arm, self.config.seed, None)
         identity = {
             "run": run.model_dump(mode="json", exclude={"compare", "output_dir", "evaluate"}),
             "steps": told.range_steps,
@@ -154,7 +155,9 @@ class Experiment:
         folder = self.folder.run(arm, seed)
         result = self._finished(folder, run)
         if result is None:
-            self._heading(f"{arm.label}, seed {seed}: learning rate {rate:g}")
+            number = 1 + self.arms.index(arm) * len(self.seeds) + self.seeds.index(seed)
+            of = len(self.arms) * len(self.seeds)
+            self._heading(f"run {number} of {of}: {arm.label}, seed {seed}, learning rate {rate:g}")
             file = self.folder.describe(arm, seed, to_yaml(run, commented=False))
             self._launched(["train", str(file)], None)
             result = self._finished(folder, run)

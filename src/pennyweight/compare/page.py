@@ -138,7 +138,7 @@ def _rates(found: Comparison) -> Table:
 
 
 def _page(found: Comparison, drawn: Sequence[str]) -> str:
-    parts = [f"# Comparison on {found.model}"]
+    parts = [f"# Comparison on {_named(found.model)}"]
     for table in tables(found):
         parts += [f"## {table.title}", _markdown(table)]
     parts += ["## How to read it", "\n".join(f"- {note}" for note in notes(found))]
@@ -195,4 +195,9 @@ def _bytes(count: int) -> str:
 def _general(found: Comparison) -> str:
     if found.general_text == "builtin":
         return "Python's own reference (`pydoc_data`)"
-    return Path(found.general_text).name
+    return _named(found.general_text)
+
+
+def _named(given: str) -> str:
+    """A Hub id as it is, a path by its last name."""
+    return Path(given).name if Path(given).exists() else given
