@@ -68,6 +68,7 @@ def _worth(found: Comparison, canvas: Any) -> None:
         middle[0].set_title("quality kept, % of full", **_CAPTION)
         middle[0].axvline(100, color=FAINT, linewidth=1)
     for axes in panels:
+        axes.margins(x=0.1)
         _quiet_rows(axes)
     legend = "bar: 95 % over documents    line: 95 % over seeds    dots: seeds"
     canvas.supxlabel(legend, fontsize=9, color=FAINT, x=0.01, ha="left")
@@ -89,7 +90,6 @@ def _mark(axes: Any, place: float, figure: Figure, colour: str, *, certain: bool
 
 def _beyond(axes: Any, arms: Sequence[ArmOutcome], base: float) -> None:
     """The base's loss, written at the edge: drawn to scale it would flatten the arms."""
-    axes.margins(x=0.12)
     axes.text(
         0.99,
         0.02,
