@@ -58,20 +58,26 @@ def twice(tally: Tally, cases: int | None) -> None:
     expected = world.whole(world.describe("whole"))
     description = world.describe("stopped")
     works = {name: code for name, code, _ in _works()}
+    saving = ("save", "writing", "retirement")
+    # A micro-step of an odd number is the first of its two.
     pairs = [
         (first, nth, second)
-        for first, nth in (("micro-step", 5), ("micro-step", 9), ("optimizer step", 4))
-        for second in ("micro-step", "optimizer step", "save", "writing", "retirement")
+        for first, nth, seconds in (
+            ("micro-step", 5, ("micro-step", "optimizer step", *saving)),
+            ("micro-step", 9, ("micro-step", "optimizer step", *saving)),
+            ("optimizer step", 4, saving),
+            ("evaluation", 3, saving),
+        )
+        for second in seconds
     ]
-    slowest_s, i = 0.0, 0
+    slowest_s = 0.0
     for i in range(cases or SIGNALS):
         first, nth, second = pairs[i % len(pairs)]
-        skip = 1 if second == first else 0
         shutil.rmtree(description.with_suffix(""), ignore_errors=True)
         sent = world.folder / "sent"
         sent.unlink(missing_ok=True)
 
-        again = partial(_ask_and_send, works[second], 1 + skip, sent)
+        again = partial(_ask_and_send, works[second], sent)
         child = world.train(description, before=partial(stop_before, works[first], nth, then=again))
         code = child.wait()
         seconds = _since(sent)
@@ -83,10 +89,10 @@ def twice(tally: Tally, cases: int | None) -> None:
     tally.remark(f"slowest {slowest_s:.2f} s from the second signal to the end")
 
 
-def _ask_and_send(code: CodeType, nth: int, sent: Path) -> None:
-    """In the child: the first signal now, the second at the n-th call of this code."""
+def _ask_and_send(code: CodeType, sent: Path) -> None:
+    """In the child: the first signal now, the second at the next call of this code."""
     os.kill(os.getpid(), signal.SIGTERM)
-    stop_before(code, nth, then=partial(_send, signal.SIGINT, sent))
+    stop_before(code, 1, then=partial(_send, signal.SIGINT, sent))
 
 
 def _works() -> list[tuple[str, CodeType, tuple[int, ...]]]:

@@ -14,7 +14,7 @@ from pennyweight.config import RunConfig, resolve
 from pennyweight.data.prepare import prepare
 from pennyweight.errors import Interrupted
 from pennyweight.files import disk_faults
-from pennyweight.finetune.rehearsal import rehearse
+from pennyweight.finetune.rehearsal import corrected, rehearse
 from pennyweight.finetune.seen import Seen, look
 from pennyweight.finetune.underway import Run, RunResult, data_size, day_of, stop_id
 from pennyweight.model import load_base
@@ -67,6 +67,7 @@ def finetune(
                 run.introduce(predicted, resumed)
             run.settle()
             run.begin(time.perf_counter() - began)
+            limit_tokens = run.trainee.limit_tokens
             for step in train(
                 run.trainee,
                 run.micro_batches,
@@ -76,6 +77,9 @@ def finetune(
                 stop=lambda: stop() or run.stopped_early,
             ):
                 run.after(step)
+                if run.trainee.limit_tokens != limit_tokens:  # memory did not do after all
+                    limit_tokens = run.trainee.limit_tokens
+                    predicted = corrected(run, predicted)
             if stop():
                 run.save()
                 raise Interrupted(

@@ -24,7 +24,7 @@ from pennyweight.finetune.underway import Run, data_size
 from pennyweight.plan import DataSize, Plan, batch_peaks, plan
 from pennyweight.train import is_out_of_memory, peak_memory_bytes, release_cached
 
-__all__ = ["heaviest", "rehearse", "undominated"]
+__all__ = ["corrected", "heaviest", "rehearse", "undominated"]
 
 # Rows whose place in every epoch's batches is looked up; beyond, the longest rows stand for all.
 ROWS_LOOKED_UP = 2_000_000
@@ -129,25 +129,24 @@ def _longest_together(run: Run) -> tuple[int, ...]:
 def _passes(run: Run, predicted: Plan, worst: Sequence[int]) -> Plan:
     """The training passes; the plan they leave true."""
     accumulating = run.config.train.gradient_accumulation_steps > 1
-    before = run.trainee.limit_tokens
     said = list(run.trainee.rehearse(run.collated(worst), accumulating=accumulating))
     if run.trainee.limit_tokens is not None:  # a row longer than the parts goes alone
         longest = int(np.argmax(run.data.train.lengths))
         said += run.trainee.rehearse(run.collated([longest]), accumulating=accumulating)
     for notice in said:
         run.notice(notice)
-    return predicted if run.trainee.limit_tokens == before else _corrected(run, predicted)
+    return predicted if run.trainee.limit_tokens is None else corrected(run, predicted)
 
 
-def _corrected(run: Run, predicted: Plan) -> Plan:
-    """The plan with the memory of the parts that micro-batches now go in."""
+def corrected(run: Run, predicted: Plan) -> Plan:
+    """The plan with the memory of the parts that micro-batches now go in, said."""
     size = data_size(run.data)
     assert run.trainee.limit_tokens is not None
     tokens = max(run.trainee.limit_tokens, size.longest)
     smaller = plan(
         run.config, device=predicted.device, rows=DataSize(size.rows, tokens, size.longest)
     )
-    corrected = replace(
+    revised = replace(
         predicted,
         **{
             name: getattr(smaller, name)
@@ -159,16 +158,16 @@ def _corrected(run: Run, predicted: Plan) -> Plan:
     )  # fmt: skip
     run.report.event(
         "plan_corrected",
-        micro_batch_tokens=corrected.micro_batch_tokens,
+        micro_batch_tokens=revised.micro_batch_tokens,
         planned_peak_bytes=predicted.counted_peak_bytes,
-        corrected_peak_bytes=corrected.counted_peak_bytes,
+        corrected_peak_bytes=revised.counted_peak_bytes,
     )
     run.report.say(
         f"plan corrected: {predicted.micro_batch_tokens:,} tokens at once, planned at "
-        f"{_mb(predicted.counted_peak_bytes)}, did not fit; {corrected.micro_batch_tokens:,} take "
-        f"{_mb(corrected.counted_peak_bytes)}"
+        f"{_mb(predicted.counted_peak_bytes)}, did not fit; {revised.micro_batch_tokens:,} take "
+        f"{_mb(revised.counted_peak_bytes)}"
     )
-    return corrected
+    return revised
 
 
 def _evaluation(run: Run) -> int:

@@ -190,7 +190,8 @@ def _read_at(file: int, count: int, offset: int) -> bytes:
 
 def _unwritable(path: Path, error: OSError) -> DiskError:
     return DiskError(
-        f"{path}: could not be written: {error.strerror}; free space, or mend its rights"
+        f"{path}: could not be written: {error.strerror}; free some space or mend its rights, "
+        "then run the same command again"
     )
 
 

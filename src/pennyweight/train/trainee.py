@@ -135,7 +135,7 @@ class Trainee:
         count = sum(n for _, n in self._sums)
         losses = torch.stack([total for total, _ in self._sums]).tolist()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        summed_norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        summed_norm = self._gradient_norm()
         rate = self.learning_rate_at(self.step)
         self.step += 1
         self.micro_batches_seen += len(self._window)
@@ -248,7 +248,11 @@ class Trainee:
             b for b, loss in zip(self._window, losses, strict=True) if not math.isfinite(loss)
         ]
         found = "loss" if guilty else "gradient"
-        sources = [source for batch in guilty or self._window for source in batch.sources]
+        candidates = guilty or self._window
+        sources = self._alone_not_finite(candidates)
+        if not sources:
+            found += " of rows together"
+            sources = [source for batch in candidates for source in batch.sources]
         named = ", ".join(sources[:_SOURCES_NAMED])
         if len(sources) > _SOURCES_NAMED:
             named += f" and {len(sources) - _SOURCES_NAMED} more"
@@ -262,6 +266,24 @@ class Trainee:
                 "look at these rows, or lower train.learning_rate"
             )
         self._notices.append(f"{fault}; the step is skipped, the weights are as before")
+
+    def _alone_not_finite(self, batches: list[Batch]) -> list[str]:
+        """Rows whose own loss or gradient is not finite; none where it takes several of them."""
+        found: list[str] = []
+        for batch in batches:
+            for part in parts(batch, 1):
+                self._drop_gradients()
+                seed = stable_seed(self.seed, "dropout", self.step, 0, 0)
+                total, _ = _forward_backward(self.base, part, seed)
+                if not math.isfinite(float(total)) or not math.isfinite(self._gradient_norm()):
+                    found += part.sources
+        self._drop_gradients()
+        return found
+
+    def _gradient_norm(self) -> float:
+        """Of the summed loss."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
     def _drop_gradients(self) -> None:
         for parameter in self.parameters.values():
