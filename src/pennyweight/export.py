@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from pennyweight.errors import ModelError
 from pennyweight.lora.layer import AdaptedModule
 from pennyweight.model import BaseModel, weight_files
+from pennyweight.model.folder import read_settings
 from pennyweight.model.writing import (
     Entry,
     copy_companions,
     is_companion,
     module_of,
-    read_settings,
     torch_dtype,
     whole_folder,
     write_index,

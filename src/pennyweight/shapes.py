@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-__all__ = ["Kind", "Parameter", "Shapes", "dense_shapes", "shapes_of_config"]
+__all__ = [
+    "Kind",
+    "Parameter",
+    "Shapes",
+    "dense_shapes",
+    "is_hub_id",
+    "shapes_of_config",
+    "size_faults",
+]
 
 Kind = Literal["linear", "embedding", "head", "norm", "bias", "other"]
 
@@ -150,6 +158,47 @@ def dense_shapes(
         max_positions=max_positions,
         activation=activation,
     )
+
+
+# Setting -> the largest value; far beyond any model there is, and small enough to be computed with.
+_LARGEST = {
+    **dict.fromkeys(("vocab_size",), 2**24),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size"), 2**18),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff"), 2**21),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 2**11),
+    **dict.fromkeys(("decoder_layers", "encoder_layers"), 2**11),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), 2**14),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 2**28),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 2**12),
+}
+_LARGEST_NUMBER, _LONGEST_LIST = 2**53, 100_000
+_HUB_ID = re.compile(
+    r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[A-Za-z0-9_][\w.-]*(/[\w][\w.-]*)*)?"
+)
+
+
+def is_hub_id(name: str) -> bool:
+    """`owner/name` or `owner/name@revision`, of characters that lead out of no folder."""
+    return _HUB_ID.fullmatch(name) is not None and ".." not in name and len(name) < 300
+
+
+def size_faults(config: Mapping[str, Any], inside: str = "") -> list[str]:
+    """Sizes in a `config.json` that no model has, so that nothing is computed or allocated by them."""
+    faults = []
+    for key, value in config.items():
+        here, most = f"{inside}{key}"[:80], _LARGEST.get(key)
+        values = value if isinstance(value, list) else [value]
+        if len(values) > _LONGEST_LIST:
+            faults.append(f"{here}: a list of {len(values):,}")
+        for each in values[:_LONGEST_LIST]:
+            if isinstance(each, dict):
+                faults += size_faults(each, f"{here}.")
+            elif most is not None and each is not None:
+                if type(each) is not int or not 1 <= each <= most:
+                    faults.append(f"{here}: found {str(each)[:40]}, expected 1 to {most:,}")
+            elif isinstance(each, int | float) and not abs(each) <= _LARGEST_NUMBER:
+                faults.append(f"{here}: found {str(each)[:40]}, which no model needs")
+    return faults
 
 
 _NEEDED = (

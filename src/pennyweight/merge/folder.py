@@ -22,10 +22,10 @@ from pennyweight.lora import Adapter, check_fit
 from pennyweight.merge.agreement import Agreement, Reader, Reference, beside
 from pennyweight.merge.fold import Fold, refuse_no_change
 from pennyweight.model import BaseModel, weight_files
+from pennyweight.model.folder import read_settings
 from pennyweight.model.writing import (
     Entry,
     copy_companions,
-    read_settings,
     whole_folder,
     write_index,
     write_safetensors,

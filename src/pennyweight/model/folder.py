@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from pennyweight.errors import ModelError
+from pennyweight.errors import ModelError, PennyweightError
+from pennyweight.foreign import ForeignError, StoredTensor, file_in, read_json, stored_tensors
+from pennyweight.model.tokenizer_file import check_tokenizer, panics_as_errors
+from pennyweight.shapes import is_hub_id, size_faults
 
 __all__ = [
     "find_folder",
@@ -16,10 +21,14 @@ __all__ = [
     "first_line",
     "load_tokenizer",
     "read_config",
+    "read_settings",
+    "stored_weights",
     "weight_files",
 ]
 
 READABLE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[A-Za-z0-9_][\w.-]*\.safetensors")
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 16
 
@@ -30,12 +39,17 @@ def find_folder(name: str, *, weights: bool = True) -> Path:
         from pennyweight.builtin import model_folder
 
         return model_folder()
-    if Path(name).is_dir():
+    if "\0" not in name and Path(name).is_dir():
         return Path(name)
     repo, _, revision = name.partition("@")
-    if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
+    if not is_hub_id(name):
+        packed = name.lower().endswith(
+            (".zip", ".tar", ".gz", ".tgz", ".7z", ".gguf", ".safetensors")
+        )
+        mend = "; unpack it, and name the folder" if packed else ""
         raise ModelError(
-            f"base.model {name!r}: no such folder, and not a Hugging Face id of the form owner/name"
+            f"base.model {name[:200]!r}: no such folder, and not a Hugging Face id of the form "
+            f"owner/name{mend}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -50,36 +64,75 @@ def find_folder(name: str, *, weights: bool = True) -> Path:
         ) from fault
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The model's config.json; one that asks to run code of its own is refused."""
-    path = folder / "config.json"
+def read_settings(folder: Path) -> dict[str, Any]:
+    """config.json as it stands there; refused where it asks to run code, or for absurd sizes."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(file_in(folder, "config.json"))
     except FileNotFoundError:
         raise ModelError(
             f"{folder}: no config.json there; name a Hugging Face model folder or id"
         ) from None
-    except (OSError, ValueError) as fault:
-        raise ModelError(f"{path}: not readable as JSON ({first_line(fault)})") from fault
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: holds a {type(raw).__name__}, not a model's settings")
-    if "auto_map" in raw:
-        raise ModelError(
-            f"{path}: `auto_map` asks to run code from the model's folder, which Pennyweight never does; "
-            "use a model that transformers has built in, or delete the key if it has"
-        )
+    except ForeignError as fault:
+        raise ModelError(str(fault)) from fault
+    path = folder / "config.json"
+    faults = [*_code_in(settings), *size_faults(settings)]
+    faults += [
+        f"`{key[:60]}` is the name of a function of transformers' own, not a setting"
+        for key in settings
+        if callable(getattr(PretrainedConfig, key, None))
+    ]
+    if faults:
+        raise ModelError.all(f"{path}: {fault}" for fault in faults[:10])
+    return settings
+
+
+def _code_in(settings: Mapping[str, Any], inside: str = "") -> list[str]:
+    """What of a config.json would make transformers run code that is not its own."""
+    faults = []
+    for key, value in settings.items():
+        here = f"{inside}{key}"[:80]
+        if key == "auto_map" or (key == "trust_remote_code" and value):
+            faults.append(
+                f"`{here}` asks to run code from the model's folder, which Pennyweight never does; "
+                "use a model that transformers has built in, or delete the key if it has"
+            )
+        elif key.strip("_").endswith("_implementation") and "/" in str(value):
+            faults.append(
+                f"`{here}` names {str(value)[:60]!r}, code to fetch from the Hub; delete the key"
+            )
+        elif key == "quantization_config" and inside:
+            faults.append(f"`{here}`: only the whole model's storage is read; delete the key")
+        elif isinstance(value, dict):
+            faults += _code_in(value, f"{here}.")
+    return faults
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The model's config.json as transformers has it; one that cannot be trusted is refused."""
+    read_settings(folder)
+    path = folder / "config.json"
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+    except PennyweightError:
+        raise
+    except Exception as fault:  # a stranger's values may trip any of the library's hundred classes
         raise ModelError(f"{path}: transformers cannot read it ({first_line(fault)})") from fault
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that stands beside the model `name` (an id, `id@revision`, a folder, `builtin`)."""
     folder = find_folder(name, weights=False)
+    if (folder / "config.json").exists():
+        read_settings(folder)
+    check_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as fault:
+        with panics_as_errors():
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except PennyweightError:
+        raise
+    except Exception as fault:  # as above
         raise ModelError(
             f"{folder}: no tokenizer could be read ({first_line(fault)}); the folder needs tokenizer.json"
         ) from fault
@@ -87,29 +140,55 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, by its index where there is one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-        if not files:
+    try:
+        if (folder / INDEX).exists():
+            names = _indexed(folder)
+        elif (folder / "model.safetensors").exists():
+            names = ["model.safetensors"]
+        else:
+            found = sorted(folder.glob("model*.safetensors")) or sorted(
+                folder.glob("*.safetensors")
+            )
+            names = [path.name for path in found]
+        if not names:
             raise ModelError(
                 f"{folder}: no .safetensors weights there; other formats can carry code and are not read"
             )
-        return files
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise ModelError(f"{index}: not a weight index ({first_line(fault)})") from fault
-    strange = [n for n in names if not isinstance(n, str) or Path(n).name != n or n.startswith(".")]
+        return [file_in(folder, name) for name in names]
+    except ForeignError as fault:
+        raise ModelError(str(fault)) from fault
+    except FileNotFoundError as fault:
+        raise ModelError(
+            f"{folder}: the index names {len(names)} files, missing: {Path(str(fault)).name}"
+        ) from None
+
+
+def _indexed(folder: Path) -> list[str]:
+    index = folder / INDEX
+    places = read_json(file_in(folder, INDEX)).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"{index}: not a weight index; it has no weight_map")
+    strange = [n for n in places.values() if not isinstance(n, str) or not _SHARD.fullmatch(n)]
     if strange:
         raise ModelError(
-            f"{index}: names files outside its folder: {', '.join(map(repr, strange[:3]))}"
+            f"{index}: names files outside its folder or of another kind: "
+            f"{', '.join(str(n)[:60] for n in strange[:3])}; only .safetensors beside it are read"
         )
-    missing = [n for n in names if not (folder / n).is_file()]
-    if missing:
-        raise ModelError(
-            f"{folder}: the index names {len(names)} files, missing: {', '.join(missing[:3])}"
-        )
-    return [folder / n for n in names]
+    return sorted(set(places.values()))
+
+
+def stored_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's files by name; a name in two files is refused."""
+    stored: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        try:
+            found = stored_tensors(path)
+        except ForeignError as fault:
+            raise ModelError(str(fault)) from fault
+        if twice := next((name for name in found if name in stored), None):
+            raise ModelError(f"{path}: {twice[:80]!r} is in another file too; keep one of them")
+        stored |= found
+    return stored
 
 
 def fingerprint(folder: Path) -> str:
@@ -120,18 +199,17 @@ def fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in weight_files(folder):
-        size = path.stat().st_size
+        try:
+            stored = stored_tensors(path)
+        except ForeignError as fault:
+            raise ModelError(str(fault)) from fault
         with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
-            for key in sorted(k for k in header if k != "__metadata__"):
-                entry = header[key]
-                digest.update(f"{key}|{entry['dtype']}|{entry['shape']}".encode())
-                start, stop = (8 + header_bytes + offset for offset in entry["data_offsets"])
-                step = max(SAMPLE_BYTES, (stop - start) // SAMPLES_PER_TENSOR)
-                for at in range(start, min(stop, size), step):
+            for key, entry in stored.items():
+                digest.update(f"{key}|{entry.dtype}|{list(entry.shape)}".encode())
+                step = max(SAMPLE_BYTES, (entry.stop - entry.start) // SAMPLES_PER_TENSOR)
+                for at in range(entry.start, entry.stop, step):
                     file.seek(at)
-                    digest.update(file.read(min(SAMPLE_BYTES, stop - at)))
+                    digest.update(file.read(min(SAMPLE_BYTES, entry.stop - at)))
     return digest.hexdigest()
 
 

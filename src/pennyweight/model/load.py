@@ -12,7 +12,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,18 +21,20 @@ from transformers.utils import logging as transformers_logging
 
 from pennyweight.attention import attend
 from pennyweight.config import BaseConfig
-from pennyweight.errors import MemoryExhausted, ModelError
+from pennyweight.errors import MemoryExhausted, ModelError, PennyweightError
+from pennyweight.foreign import ForeignError, file_in, read_json
 from pennyweight.model.folder import (
     find_folder,
     first_line,
     load_tokenizer,
     read_config,
+    stored_weights,
     weight_files,
 )
 from pennyweight.model.resident import BaseModel, check_head
 from pennyweight.model.storage import Storage, StreamConfig, StreamQuantizer
 
-__all__ = ["load_base", "model_class", "register", "resolve_device", "resolve_dtype", "stop_ids"]
+__all__ = ["load_base", "outlined", "register", "resolve_device", "resolve_dtype", "stop_ids"]
 
 
 def load_base(config: BaseConfig, *, trainable: bool = False) -> BaseModel:
@@ -56,6 +57,7 @@ def load_base(config: BaseConfig, *, trainable: bool = False) -> BaseModel:
         if ("drop" in key) and isinstance(value, float):
             setattr(hf_config, key, 0.0)
     store = Storage(config.quantization, config.double_quantization, device)
+    _refuse_more_than_stored(hf_config, folder)
     tensors = _lazy_tensors(folder)
     if stored is not None:
         tensors = store.take_prequantized(tensors, _transposed(hf_config))
@@ -155,7 +157,9 @@ def _read(
             f"{type(config).__name__}: its weights do not fit {store.device} ({first_line(fault)}); "
             "`pennyweight plan` says what would"
         ) from fault
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as fault:
+    except PennyweightError:
+        raise
+    except Exception as fault:  # as in outlined
         raise ModelError(
             f"the weights do not fit {type(config).__name__}: {first_line(fault)}"
         ) from fault
@@ -190,10 +194,40 @@ def _lazy_tensors(folder: Path) -> dict[str, Any]:
     return tensors
 
 
+def _refuse_more_than_stored(config: PretrainedConfig, folder: Path) -> None:
+    """Before anything is allocated by the config's word: the files must hold about what it asks for.
+
+    A byte of a 4-bit folder holds two weights.
+    """
+    stored = sum(
+        entry.elements * (2 if entry.dtype == "U8" else 1)
+        for entry in stored_weights(folder).values()
+    )
+    with torch.device("meta"):
+        asked = sum(p.numel() for p in outlined(config).parameters())
+    if asked > 2 * stored + 1_000_000:
+        raise ModelError(
+            f"{folder}: the config asks for {asked:,} parameters, the files hold {stored:,}; they do "
+            "not belong together"
+        )
+
+
+def outlined(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without its weights: call it on the meta device."""
+    try:
+        return model_class(config)(config)
+    except PennyweightError:
+        raise
+    except Exception as fault:  # a stranger's values may trip any of the library's model classes
+        raise ModelError(
+            f"{type(config).__name__}: no model can be built from this config ({first_line(fault)})"
+        ) from fault
+
+
 def _transposed(config: PretrainedConfig) -> set[str]:
     """Names of the layers whose weight the model keeps as `[in, out]` (GPT-2's Conv1D)."""
     with torch.device("meta"):
-        module = model_class(config)(config)
+        module = outlined(config)
     names = {n for n, layer in module.named_modules() if type(layer).__name__ == "Conv1D"}
     prefix = f"{module.base_model_prefix}."
     return names | {n.removeprefix(prefix) for n in names}
@@ -217,8 +251,16 @@ def stop_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     folder = find_folder(name, weights=False)
     ids: list[int] = []
     if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-        ids += eos if isinstance(eos, list) else [eos] if eos is not None else []
+        try:
+            eos = read_json(file_in(folder, "generation_config.json")).get("eos_token_id")
+        except ForeignError as fault:
+            raise ModelError(str(fault)) from fault
+        several = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(each) is int and 0 <= each < 2**31 for each in several):
+            raise ModelError(
+                f"{folder / 'generation_config.json'}: eos_token_id is {str(eos)[:40]!r}, expected ids"
+            )
+        ids += several
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return tuple(dict.fromkeys(ids))

@@ -7,7 +7,7 @@ from torch import nn
 
 from pennyweight.lora.layer import linear_shape
 from pennyweight.model.folder import find_folder, read_config
-from pennyweight.model.load import model_class, register
+from pennyweight.model.load import outlined, register
 from pennyweight.shapes import Kind, Parameter, Shapes
 
 __all__ = ["shapes"]
@@ -18,7 +18,7 @@ def shapes(name: str) -> Shapes:
     register()
     config = read_config(find_folder(name, weights=False))
     with torch.device("meta"):
-        module = model_class(config)(config)
+        module = outlined(config)
     head = module.get_output_embeddings()
     embedding = module.get_input_embeddings()
     text = config.get_text_config(decoder=True)

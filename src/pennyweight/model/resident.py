@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pennyweight.errors import ModelError
-from pennyweight.model.folder import fingerprint
+from pennyweight.model.folder import fingerprint, read_settings
 from pennyweight.route import Route
 
 __all__ = ["BaseModel", "Head", "check_head"]
@@ -113,7 +113,7 @@ class BaseModel:
         """The whole model as a plain Hugging Face folder, its config as the base's was."""
         self.module.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        config = read_settings(self.folder)
         config.pop("torch_dtype", None)
         config["dtype"] = str(self.module.dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -28,7 +28,6 @@ __all__ = [
     "copy_companions",
     "is_companion",
     "module_of",
-    "read_settings",
     "torch_dtype",
     "whole_folder",
     "write_index",
@@ -165,13 +164,6 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, Entry]]) -> None:
         "weight_map": {key: name for name, entries in files.items() for key in entries},
     }
     _write_json(folder / "model.safetensors.index.json", index)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """config.json of a model's folder as it stands there."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert isinstance(settings, dict), "a loaded base has a config that is an object"
-    return settings
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

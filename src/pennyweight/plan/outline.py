@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 
-from pennyweight.shapes import Shapes, shapes_of_config
+from pennyweight.foreign import ForeignError, file_in, read_json
+from pennyweight.shapes import Shapes, is_hub_id, shapes_of_config, size_faults
 
 __all__ = ["is_here", "shapes_of"]
 
@@ -20,10 +20,10 @@ def shapes_of(model: str) -> Shapes:
     folder = _folder(model)
     if folder is not None:
         try:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raw = None  # the model room says what is wrong with it
-        found = shapes_of_config(model, raw) if isinstance(raw, dict) else None
+            raw = read_json(file_in(folder, "config.json"))
+        except (OSError, ForeignError):
+            raw = {}  # the model room says what is wrong with it
+        found = None if size_faults(raw) else shapes_of_config(model, raw)
         if found is not None:
             return found
     from pennyweight.model import shapes
@@ -43,8 +43,10 @@ def _folder(model: str) -> Path | None:
         from pennyweight.builtin import model_folder
 
         return model_folder()
-    if Path(model).is_dir():
+    if "\0" not in model and Path(model).is_dir():
         return Path(model)
+    if not is_hub_id(model):
+        return None
     name, _, revision = model.partition("@")
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
