@@ -125,6 +125,13 @@ CAMPAIGNS: tuple[Campaign, ...] = (
         2,
         "campaigns.random_kills:same_command",
     ),
+    Campaign(
+        "hostile-adapters",
+        "damaged, absurd and malicious adapters: a refusal of ours within a second, nothing run or written",
+        200,
+        40,
+        "campaigns.untrusted.adapters:run",
+    ),
 )
 
 

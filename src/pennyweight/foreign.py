@@ -140,7 +140,9 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+def stored_tensors(
+    path: Path, header_limit_bytes: int = HEADER_LIMIT_BYTES
+) -> dict[str, StoredTensor]:
     """The header of a safetensors file, each entry checked against the file's size; sorted by name.
 
     Entries cover the bytes after the header one by one, without a gap or an overlap.
@@ -149,7 +151,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-            if size < 10 or header_bytes > min(size - 8, HEADER_LIMIT_BYTES):
+            if size < 10 or header_bytes > min(size - 8, header_limit_bytes):
                 raise _not_whole(path, f"a header of {header_bytes:,} bytes in {size:,}")
             header = strict_json(file.read(header_bytes).decode("utf-8"))
     except FileNotFoundError:

@@ -151,7 +151,8 @@ def _strange(ours: Mapping[str, Any], path: Path) -> list[str]:
         or (
             isinstance(base, dict)
             and isinstance(base.get("name", ""), str)
-            and FINGERPRINT.fullmatch(str(base.get("fingerprint") or "0"))
+            and isinstance(mark := base.get("fingerprint") or "0", str)
+            and FINGERPRINT.fullmatch(mark) is not None
         ),
         "loraplus_lr_ratio": ratio is None or (type(ratio) in (int, float) and 0 < ratio < 1e9),
         "target_names": names is None

@@ -26,7 +26,8 @@ PREFIX = "base_model.model."
 ALONG = ".base_layer"
 LARGEST_DIMENSION = 2**22
 LARGEST_VALUE = 3e38  # float32's
-LONGEST_KEY = 300
+LONGEST_KEY, MOST_FAULTS = 300, 20
+HEADER_LIMIT_BYTES = 5 * 2**20  # of some 40,000 tensors
 FLOATING = ("F16", "BF16", "F32", "F64")
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
@@ -64,7 +65,7 @@ def read_tensors(
     """
     try:
         path = file_in(folder, TENSORS)
-        stored = stored_tensors(path)
+        stored = stored_tensors(path, HEADER_LIMIT_BYTES)
     except FileNotFoundError:
         raise AdapterError(f"{folder}: no {TENSORS}{_pickled(folder)}") from None
     except ForeignError as fault:
@@ -99,6 +100,8 @@ def _placed(stored: Mapping[str, StoredTensor], faults: list[str]) -> dict[Place
     """The key of each place in an adapter; what has none is a fault."""
     places: dict[Place, str] = {}
     for key, entry in stored.items():
+        if len(faults) > MOST_FAULTS:
+            break
         place = _place_of(key)
         if place is None or len(key) > LONGEST_KEY:
             faults.append(f"{key[:LONGEST_KEY]}: a tensor with no place in a LoRA adapter")
