@@ -65,6 +65,14 @@ def test_the_walk_goes_on_beyond_an_end_that_is_best() -> None:
     assert len(walked([1e-3, 1e-2], tried)) == 5  # it ends
 
 
+def test_beyond_the_grid_rates_are_as_round_as_on_it() -> None:
+    """Steps are counted from the grid's beginning: half a decade twice is a decade."""
+    down = walked(grid(1e-3, 1e-2, 3), lambda rate: point(rate, rate))
+    assert [each["learning_rate"] for each in down][:3] == [3.16e-5, 1e-4, 3.16e-4]
+    up = walked(grid(1e-3, 1e-2, 3), lambda rate: point(rate, 1 / rate))
+    assert [each["learning_rate"] for each in up][3:] == [3.16e-2, 1e-1, 3.16e-1]
+
+
 def test_where_nothing_is_stable_smaller_rates_are_tried() -> None:
     points = walked([1e-2, 1e-1], lambda r: point(r, abs(np.log10(r) + 4), stable=r < 1e-3))
     assert points[best_rate(points) or 0]["learning_rate"] == 1e-4

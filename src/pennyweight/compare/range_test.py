@@ -155,19 +155,20 @@ class RangeTest:
 
 
 def walked(
-    rates: Sequence[float],
-    tried: Callable[[float], Mapping[str, Any]],
+    rates: Sequence[float], tried: Callable[[float], Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
     """Points of the whole grid, and beyond an end of it for as long as the best is that end."""
-    points = [tried(rate) for rate in rates]
     factor = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1))
+    points = [tried(rate) for rate in rates]
+    first = 0  # the place of points[0] on a grid that has no ends
     for _ in range(BEYOND):
         best = best_rate(points)
-        last = points[-1]["learning_rate"] * factor
-        if best == len(points) - 1 and last < 10:
-            points.append(tried(_three_digits(last)))
+        above = rates[0] * factor ** (first + len(points))
+        if best == len(points) - 1 and above < 10:
+            points.append(tried(_three_digits(above)))
         elif best == 0 or best is None:
-            points.insert(0, tried(_three_digits(points[0]["learning_rate"] / factor)))
+            first -= 1
+            points.insert(0, tried(_three_digits(rates[0] * factor**first)))
         else:
             break
     return points
