@@ -255,3 +255,14 @@ def test_remembered_is_read_at_once(
     go_on(a=70)
     go_on(a=1, b=1, c=1)
     assert cache.lengths == [read[name] for name in rows]
+    # A fork goes on from where its row stood.
+    cache.drop(2)
+    texts["d"] = [[p[:, :, :3] for p in parts] for parts in texts["c"]]
+    texts["d"] = [
+        [torch.cat([a, b], 2) for a, b in zip(kept, row(9), strict=True)] for kept in texts["d"]
+    ]
+    expected["d"] = [plainly(*whole, window, softcap) for whole in texts["d"]]
+    assert cache.fork(0, 3) == 2
+    rows, read["d"] = ["c", "b", "d"], 3
+    go_on(d=5, c=1)
+    go_on(c=1, b=1, d=1)

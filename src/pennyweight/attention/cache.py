@@ -76,6 +76,18 @@ class KVCache:
         return starts
 
     @torch.inference_mode()
+    def fork(self, row: int, tokens: int) -> int:
+        """Begin a new last row that remembers the first `tokens` of `row`; gives its number."""
+        assert 0 < tokens <= self.lengths[row], "a fork remembers what its row has read"
+        new = len(self.lengths)
+        assert new < self.most_rows, "more rows than the cache was made for"
+        self.lengths.append(tokens)
+        for keys, values in self._layers.values():
+            keys[new, :, :tokens] = keys[row, :, :tokens]
+            values[new, :, :tokens] = values[row, :, :tokens]
+        return new
+
+    @torch.inference_mode()
     def drop(self, row: int) -> None:
         """Forget a row. The last row takes its number."""
         last = len(self.lengths) - 1

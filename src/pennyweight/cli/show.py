@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pennyweight.errors import ConfigError
 from pennyweight.report import plain
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Printer",
+    "benchmarks",
     "checks",
     "comparison",
     "converse",
@@ -24,6 +26,7 @@ __all__ = [
     "plain_fields",
     "plan",
     "preview",
+    "refuse_stray",
     "table",
 ]
 
@@ -180,6 +183,25 @@ def _with_interval(arm: Mapping[str, Any], measure: str) -> str:
     if arm.get(measure) is None:
         return ""
     return _said(measure, arm[measure]) + _between(arm.get(f"{measure}_interval_95"))
+
+
+def benchmarks(answer: Mapping[str, Any]) -> Any:
+    """A line a figure, an arm a column; below them what was measured, and where it is written."""
+    from rich.console import Group
+
+    from pennyweight.evaluate.tasks.table import about, columns, rows
+
+    head = columns(answer)
+    lines = about(answer)
+    if "written_to" in answer:
+        lines.append(f"results, samples and picture: {answer['written_to']}")
+    return Group(table(head, rows(answer), figures=range(2, len(head))), "\n".join(lines))
+
+
+def refuse_stray(given: Mapping[str, Any], *, needs: str) -> None:
+    """Options that would be passed over in silence."""
+    if stray := [option for option, value in given.items() if value]:
+        raise ConfigError(f"{', '.join(stray)}: only with {needs}")
 
 
 def checks(found: Iterable[Any]) -> Any:

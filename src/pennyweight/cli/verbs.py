@@ -188,19 +188,83 @@ def compare_part(
 
 @app.command()
 def evaluate(
-    run: RunFolder,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A run's folder; with --tasks also an adapter's, a model's, an id, builtin.",
+        ),
+    ],
     rows: Annotated[
         int | None, typer.Option(min=1, help="Held-out rows to measure loss on.")
     ] = None,
     answers: Annotated[int | None, typer.Option(min=0, help="Rows to answer in text.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks by lm-eval's names: mmlu,gsm8k,humaneval.")
+    ] = None,
+    data_dir: Annotated[
+        list[Path] | None, typer.Option(help="A folder with the benchmarks' rows; repeatable.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question; default: the task's.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Render prompts as chat, as training did.")
+    ] = False,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Run programs the model writes, in limited processes."
+        ),
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="For an adapter's folder: its base.")] = None,
+    quantization: Annotated[
+        Literal["none", "int8", "nf4", "fp4"] | None,
+        typer.Option(help="How a base that no run describes is held; default: none."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where benchmark results go; default: the run's folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure base and adapter on the held-out rows."""
-    from pennyweight.runs import evaluate_run
+    """Measure base and adapter: held-out rows, or benchmarks.
 
+    Benchmarks need the extra `eval`.
+    """
     with show.Printer(as_json) as printer:
-        measured = evaluate_run(run, max_rows=rows, generate_rows=answers)
-        printer.give(measured, lambda: show.evaluation(measured))
+        if tasks is None:
+            stray = {
+                "--data-dir": data_dir,
+                "--limit": limit,
+                "--num-fewshot": num_fewshot,
+                "--chat-template": chat_template,
+                "--allow-code-execution": allow_code_execution,
+                "--model": model,
+                "--quantization": quantization,
+                "--out": out,
+            }
+            show.refuse_stray(stray, needs="--tasks")
+            from pennyweight.runs import evaluate_run
+
+            measured = evaluate_run(target, max_rows=rows, generate_rows=answers)
+            printer.give(measured, lambda: show.evaluation(measured))
+            return
+        show.refuse_stray({"--rows": rows, "--answers": answers}, needs="no --tasks")
+        from pennyweight.evaluate.tasks import Wanted
+        from pennyweight.runs import benchmark
+
+        wanted = Wanted(
+            names=tuple(name for name in tasks.split(",") if name),
+            data_dirs=tuple(data_dir or ()),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            allow_code_execution=allow_code_execution,
+        )
+        found = benchmark(
+            target, wanted, model=model, quantization=quantization, chat=chat_template, out=out
+        )
+        printer.give(found, lambda: show.benchmarks(found))
 
 
 @app.command()

@@ -126,13 +126,25 @@ class Renderer:
         kind: Literal["chat", "prompt"] = "chat",
     ) -> list[int]:
         """The ids to generate an answer from: what training saw before an answer to these messages."""
+        return self.ids(self.prompt_text(messages, tools=tools, kind=kind), kind=kind)
+
+    def prompt_text(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        kind: Literal["chat", "prompt"] = "chat",
+    ) -> str:
+        """The same prompt as text; `ids` of it, and of what is put after it, begin with one BOS."""
         parsed = self._with_system(chat_messages(messages, where="messages"))
-        surface = self._surfaces[kind]
         try:
-            text = surface.text(parsed, tools, generation=True)
+            return self._surfaces[kind].text(parsed, tools, generation=True)
         except TurnRefusedError as refused:
             raise DataError(str(refused)) from refused
-        return self._with_bos(surface, self._codec.ids(text))
+
+    def ids(self, rendered: str, *, kind: Literal["chat", "prompt"] = "chat") -> list[int]:
+        """The ids of text that stands as a template printed it."""
+        return self._with_bos(self._surfaces[kind], self._codec.ids(rendered))
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of generated ids."""

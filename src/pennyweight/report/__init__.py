@@ -6,6 +6,7 @@ from pennyweight.report.log import Report, metrics_of, plain, read_events
 from pennyweight.report.plot import plot_losses
 from pennyweight.report.progress import duration, progress_line
 from pennyweight.report.rows import plot_rows
+from pennyweight.report.scores import plot_scores
 from pennyweight.report.sinks import Sink, open_sinks
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "plain",
     "plot_losses",
     "plot_rows",
+    "plot_scores",
     "progress_line",
     "read_events",
 ]

@@ -1,5 +1,6 @@
 """What can be done with the folder a run left, and with nothing else: evaluate, chat, merge."""
 
+from pennyweight.runs.benchmarks import benchmark
 from pennyweight.runs.chat import ChatSession, open_chat
 from pennyweight.runs.folder import HeldOut, RunFolder, adapter_slot
 from pennyweight.runs.measure import evaluate_run, measure
@@ -11,6 +12,7 @@ __all__ = [
     "MeasuredMerge",
     "RunFolder",
     "adapter_slot",
+    "benchmark",
     "evaluate_run",
     "measure",
     "merge_adapter",

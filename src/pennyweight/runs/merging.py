@@ -25,7 +25,7 @@ from pennyweight.report import plain
 from pennyweight.runs.candidates import Trial, trial, ways
 from pennyweight.runs.folder import RunFolder
 
-__all__ = ["MeasuredMerge", "merge_adapter", "merge_folder", "merge_run"]
+__all__ = ["MeasuredMerge", "base_of", "merge_adapter", "merge_folder", "merge_run"]
 
 MERGE_FILE = "merge.json"
 SCHEMA_VERSION = 1
@@ -139,7 +139,7 @@ def merge_adapter(
     """
     asked = _Asked.of(base, dtype, say)
     adapter = Adapter.load(folder)
-    resident = load_base(_base_of(Path(folder), adapter, model, quantization))
+    resident = load_base(base_of(Path(folder), adapter, model, quantization))
     attach(resident, adapter, trainable=False)
     if data is None:
         found = _Rows((), "")
@@ -167,7 +167,7 @@ def merge_folder(
     return merge_run(folder, out, **asked)
 
 
-def _base_of(
+def base_of(
     folder: Path, adapter: Adapter, model: str | None, quantization: str | None
 ) -> BaseConfig:
     """The base that the adapter was trained beside, as far as it says so itself."""
