@@ -37,7 +37,7 @@ CONVERTED = ("pissa", "olora", "corda", "loftq", "lora")
 # What narrows PEFT's target list; kept beside the adapter as it was found.
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 TYING = "ensure_weight_tying"
-MOST_PATTERNS = 10_000
+MOST_PATTERNS = 5_000
 
 
 def _are_names(value: Any) -> bool:
@@ -146,9 +146,10 @@ def strange_settings(settings: Mapping[str, Any]) -> list[str]:
     written = [settings.get("exclude_modules"), settings.get("layers_pattern")]
     for name in ("rank_pattern", "alpha_pattern"):
         found = settings.get(name)
-        written += list(found)[:MOST_PATTERNS] if isinstance(found, dict) else []
         if isinstance(found, dict) and len(found) > MOST_PATTERNS:
             faults.append(f"{name}: {len(found):,} patterns; no model has so many modules")
+        elif isinstance(found, dict):
+            written += found
     for text in written:
         try:
             if isinstance(text, str):
