@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from collections.abc import Container, Mapping
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -90,10 +92,13 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def to_yaml(config: RunConfig, *, commented: bool = True) -> str:
+def to_yaml(
+    config: RunConfig, *, commented: bool = True, beside: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """YAML that `load_run` reads back as the same run: what differs from the defaults, and the
-    settings a first run is likely to change, each under its explanation."""
-    keys = _worth_writing(config)
+    settings a first run is likely to change, each under its explanation. The settings in `beside`
+    are written whatever their value, with that remark after them."""
+    keys = _worth_writing(config, beside)
     lines: list[str] = []
     for group in (*GROUPS, ""):
         named = [key for key in keys if (key in GROUPS or "." not in key) == (not group)]
@@ -107,9 +112,19 @@ def to_yaml(config: RunConfig, *, commented: bool = True) -> str:
             if commented:
                 mark = f"{indent}# "
                 lines += textwrap.wrap(_about(key), 96, initial_indent=mark, subsequent_indent=mark)
-            lines.append(f"{indent}{key.rsplit('.', 1)[-1]}: {written(value_at(config, key))}")
+            remark = f"  # {beside[key]}" if key in beside else ""
+            lines += _setting(indent, key.rsplit(".", 1)[-1], value_at(config, key), remark)
     head = "# pennyweight explain KEY says more; keys that are left out keep their defaults."
     return "\n".join(([head] if commented else []) + lines).lstrip("\n") + "\n"
+
+
+def _setting(indent: str, name: str, value: Any, remark: str) -> list[str]:
+    """`name: value`; tables in a list stand one a line."""
+    several = _plain(value)
+    if isinstance(several, list) and any(isinstance(each, dict) for each in several):
+        head = f"{indent}{name}:{remark}"
+        return [head, *(f"{indent}  - {written(each)}" for each in several)]
+    return [f"{indent}{name}: {written(value)}{remark}"]
 
 
 def _about(key: str) -> str:
@@ -122,9 +137,9 @@ def _about(key: str) -> str:
     return said
 
 
-def _worth_writing(config: RunConfig) -> list[str]:
+def _worth_writing(config: RunConfig, also: Container[str]) -> list[str]:
     """Keys to write. A starter that keeps its default is left out where giving it breaks a rule."""
-    changed = [key for key in KEYS if value_at(config, key) != KEYS[key].default]
+    changed = [key for key in KEYS if value_at(config, key) != KEYS[key].default or key in also]
     starters = [
         key for key in _STARTERS if key not in changed and value_at(config, key) is not None
     ]

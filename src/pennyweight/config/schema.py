@@ -134,6 +134,9 @@ class Source(_Frozen):
     format: Format | None = None
     """Format of this source in place of `data.format`."""
 
+    columns: dict[str, str] = {}
+    """Columns of this source in place of `data.columns`."""
+
 
 def _kind_of_rows(value: Any) -> str:
     if isinstance(value, list | tuple):

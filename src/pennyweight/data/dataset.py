@@ -107,6 +107,7 @@ def content_sha256(located: Located) -> str:
 def read(located: Located, columns: Mapping[str, str], faults: Faults) -> Read:
     """All rows of a source as conversations; what is wrong is added to `faults`."""
     rows = _rows(located, faults)
+    columns = located.source.columns or columns
     form = located.format
     conversations: list[Conversation] = []
     flat: list[Row] = []
