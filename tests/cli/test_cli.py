@@ -18,6 +18,7 @@ from pennyweight.cli import ending, show
 
 VERBS = [
     "init",
+    "import",
     "preview",
     "plan",
     "train",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pennyweight.errors import ConfigError
 from pennyweight.report import plain
@@ -22,6 +23,7 @@ __all__ = [
     "converse",
     "evaluation",
     "facts",
+    "imported",
     "merged",
     "plain_fields",
     "plan",
@@ -50,6 +52,10 @@ class Printer:
     def __exit__(self, *_: object) -> None:
         sys.stdout = self._stdout
 
+    def aside(self, shown: Any) -> None:
+        """Print on stderr, where it is no part of the answer."""
+        _console(sys.stderr).print(shown)
+
     def give(self, answer: Mapping[str, Any], text: Callable[[], Any]) -> None:
         """Print the verb's answer: `answer` as JSON, or what `text` makes for people."""
         if self.as_json:
@@ -58,16 +64,17 @@ class Printer:
             return
         shown = text()
         if isinstance(shown, str):
-            print(shown)
+            print(shown, end="\n" if shown else "")
         else:
             _console().print(shown)
 
 
-def _console() -> Console:
+def _console(file: TextIO | None = None) -> Console:
     from rich.console import Console
 
     # A table that goes to a file keeps its words whole.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    width = None if (file or sys.stdout).isatty() else 140
+    return Console(file=file, highlight=False, width=width)
 
 
 def table(
@@ -208,6 +215,45 @@ def checks(found: Iterable[Any]) -> Any:
     """One line a check: whether it holds, what was found, the mend."""
     rows = [("ok" if each.ok else "MEND", each.name, each.found, each.mend) for each in found]
     return table(("", "what", "found", "what to do"), rows)
+
+
+def imported(found: Any, name: str, out: Path | None) -> Any:
+    """What became of every key of another tool's file: what was lost comes last, to be read."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    def inset(text: str, by: int) -> Any:
+        return Padding(Text(text), (0, 0, 0, by))
+
+    whose = f" (told by {', '.join(found.known_by)})" if found.known_by else ""
+    parts: list[Any] = [Text(f"{name}: {found.tool}{whose}", style="bold"), Text()]
+    for fate in ("carried", "its default there", "the same here", "not needed here"):
+        rows = [
+            (
+                str(each.line or ""),
+                each.key + (f": {each.value}" if each.value else ""),
+                "; ".join(said for said in (_setting(each), each.said) if said),
+            )
+            for each in found.entries
+            if each.fate == fate
+        ]
+        if rows:
+            parts.append(table(("line", f"{fate} ({len(rows)})", ""), rows, figures=(0,)))
+    lost = [each for each in found.entries if each.fate in ("NOT carried", "unknown")]
+    if lost:
+        parts.append(Text(f"NOT carried ({len(lost)})", style="bold red"))
+    for each in lost:
+        where = f"{name}:{each.line}: " if each.line else ""
+        parts += [inset(f"{where}{each.key}: {each.value}", 2), inset(each.said, 6)]
+    parts += [Text(), Text("What else differs", style="bold")]
+    parts += [inset(said, 2) for said in found.differences]
+    then = f"written to {out}; next: pennyweight preview {out}" if out else ""
+    return Group(*parts, Text(), Text(then))
+
+
+def _setting(entry: Any) -> str:
+    return f"{entry.to}: {entry.becomes}" if entry.becomes else entry.to
 
 
 def preview(shown: Iterable[Any], lines: Iterable[str]) -> Any:

@@ -70,6 +70,35 @@ def init(
         printer.give({"yaml": text}, lambda: text.rstrip("\n"))
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The other tool's file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the run's YAML goes; stdout without it.")
+    ] = None,
+    tool: Annotated[
+        Literal["axolotl", "llama-factory", "trl", "peft"] | None,
+        typer.Option("--from", help="Whose file it is; told by its keys without it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Translate another tool's configuration, with an account of every key.
+
+    It reads axolotl's YAML, LLaMA-Factory's YAML, a configuration of TRL's sft, and PEFT's
+    adapter_config.json.
+    """
+    from pennyweight.config.foreign import import_run, write_run
+
+    with show.Printer(as_json) as printer:
+        found = import_run(file, tool, beside=out.parent if out else None)
+        if out is not None:
+            write_run(found, out)
+        answer = {**found.to_dict(), "out": str(out) if out else None}
+        if not as_json:
+            printer.aside(show.imported(found, file.name, out))
+        printer.give(answer, lambda: "" if out else found.text.rstrip("\n"))
+
+
 @app.command()
 def preview(
     run: RunFile,

@@ -20,9 +20,9 @@ from pennyweight.config.foreign import axolotl, llama_factory, peft, trl
 from pennyweight.config.foreign.account import Account, Entry, Fate
 from pennyweight.config.rules import broken_rules, resolve
 from pennyweight.config.schema import RunConfig
-from pennyweight.errors import ConfigError
+from pennyweight.errors import ConfigError, DiskError
 
-__all__ = ["TOOLS", "Entry", "Fate", "Imported", "import_run"]
+__all__ = ["TOOLS", "Entry", "Fate", "Imported", "import_run", "write_run"]
 
 _Translate = Callable[[Account, FilePath], None]
 
@@ -61,7 +61,7 @@ def import_run(
 ) -> Imported:
     """Translate a file of `tool` (a key of TOOLS; None: told by its keys).
 
-    `beside`: the folder that the YAML will stand in, where `files` are written too; None: here.
+    `beside`: the folder that the YAML will stand in, where `files` are written too; None: nowhere.
     Raises ConfigError with every fault, each with its line.
     """
     file = FilePath(path)
@@ -71,9 +71,13 @@ def import_run(
         tool, known_by = _detect(file, tree)
     account = Account.of_file(file.name, tool, tree, lines)
     TOOLS[tool][0](account, file.parent)
-    folder = beside or FilePath()
     for name in account.files:
-        account.run["data.template"] = str(folder / name)
+        if beside is None:
+            raise ConfigError(
+                f"{file.name}: its chat template is written beside the run's YAML as {name}; say "
+                "where that goes: --out run.yaml"
+            )
+        account.run["data.template"] = str(beside / name)
     config = _validated(account)
     if account.run.get("train.method") == "full":
         account.differ("every weight is trained: no adapter is written, a whole model is")
@@ -83,10 +87,24 @@ def import_run(
         tool,
         known_by,
         text,
-        tuple(account.entries),
+        tuple(sorted(account.entries, key=lambda entry: entry.line or 10**9)),
         tuple(account.differences),
         dict(account.files),
     )
+
+
+def write_run(found: Imported, out: FilePath) -> None:
+    """Write the YAML, and what stands beside it. Nothing that is there is written over."""
+    texts = {out: found.text} | {out.parent / name: text for name, text in found.files.items()}
+    faults = [f"{path}: exists; remove it or name another" for path in texts if path.exists()]
+    if faults:
+        raise ConfigError.all(faults)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DiskError(f"{out}: cannot be written: {error.strerror}") from error
 
 
 def _read(file: FilePath) -> tuple[dict[str, Any], Mapping[Path, int]]:

@@ -17,7 +17,7 @@ from pennyweight.config.document import Path, spell
 __all__ = ["Account", "Entry", "Fate"]
 
 _TRUTHS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
-_SECRET = re.compile(r"(token|api_key|secret|password|webhook_url)$")
+_SECRET = re.compile(r"(hub_token|api_key|secret|password|webhook_url)$")
 _SHOWN = 60
 
 
@@ -34,13 +34,15 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """`to`: the settings it became. `line` is None for what the file leaves out."""
+    """`to`: the setting it became, with the value it has there in `becomes` where that is its own.
+    `line` is None for what the file leaves out."""
 
     key: str
     line: int | None
     value: str
     fate: Fate
-    to: tuple[str, ...]
+    to: str
+    becomes: str
     said: str
 
 
@@ -149,9 +151,16 @@ class Account:
             return value
         return self._wrong(key, "a list of names")
 
+    def table(self, key: str) -> dict[str, Any] | None:
+        """A table that is carried as it is."""
+        value = self._tree.get(key)
+        return value if value is None or isinstance(value, dict) else self._wrong(key, "a table")
+
     def part(self, key: str) -> Account | None:
         """The table under a key, as an account of its own."""
         value = self._tree.get(key)
+        if value == {}:
+            return None
         if isinstance(value, dict):
             self._close(key)
             return Account(self._kept, self.tool, value, (*self.path, key))
@@ -160,7 +169,7 @@ class Account:
     def parts(self, key: str) -> list[Account]:
         """The tables of a list."""
         value = self._tree.get(key)
-        if value is None:
+        if value is None or value == []:
             return []
         if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
             self._wrong(key, "a list of tables")
@@ -177,7 +186,7 @@ class Account:
         """The key became the setting `to`."""
         self.run[to] = value
         self.origins[to] = f"{self._place(key)} {spell((*self.path, key))}"
-        self._tell(key, Fate.CARRIED, said, to)
+        self._tell(key, Fate.CARRIED, said, to, _in_short(value))
 
     def became(self, key: str, to: str, said: str = "") -> None:
         """The key became part of the setting `to`, which is written elsewhere."""
@@ -188,8 +197,8 @@ class Account:
         """The file leaves the key out, and its default there is not ours."""
         self.run[to] = value
         self.origins[to] = f"{self.tool}'s default of {spell((*self.path, key))}"
-        entry = Entry(spell((*self.path, key)), None, "", Fate.ASSUMED, (to,), said)
-        self.entries.append(entry)
+        spelt = spell((*self.path, key))
+        self.entries.append(Entry(spelt, None, "", Fate.ASSUMED, to, _in_short(value), said))
 
     def carry_or_assume(
         self, key: str, to: str, value: Any, default: Any, *, said: str = "", assumed: str = ""
@@ -205,6 +214,12 @@ class Account:
 
     def unneeded(self, key: str, why: str) -> None:
         self._tell(key, Fate.UNNEEDED, why)
+
+    def idle(self, why: str, *keys: str) -> None:
+        """Those of these keys that are given did nothing there either."""
+        for key in keys:
+            if key in self and key in self._open:
+                self.unneeded(key, why)
 
     def lose(self, key: str, said: str) -> None:
         """What it would have done, and what to do."""
@@ -228,9 +243,9 @@ class Account:
         self._kept.faults.append((line, f"{place}{spell((*self.path, key))}: {message}"))
         self._close(key)
 
-    def _tell(self, key: str, fate: Fate, said: str, *to: str) -> None:
+    def _tell(self, key: str, fate: Fate, said: str, to: str = "", becomes: str = "") -> None:
         spelt = spell((*self.path, key))
-        entry = Entry(spelt, self._line(key), self._shown(key), fate, to, said)
+        entry = Entry(spelt, self._line(key), self._shown(key), fate, to, becomes, said)
         self.entries.append(entry)
         self._close(key)
 

@@ -65,7 +65,7 @@ def _in_layers(names: list[str], layers: object, pattern: object) -> str:
     inside = "|".join(re.escape(str(each)) for each in blocks)
     which = "|".join(str(each) for each in numbers)
     modules = "|".join(re.escape(name) for name in names)
-    return rf".*\.({inside})\.({which})\.(.*\.)?({modules})"
+    return rf"(.*\.)?({inside})\.({which})\.(.*\.)?({modules})"
 
 
 _BLOCKS = ["layers", "h", "block", "blocks", "layer"]
@@ -83,7 +83,7 @@ def default_targets(account: Account, key: str, model: str) -> None:
     )
 
 
-def tell_scaling(account: Account, key: str) -> None:
+def tell_scaling(account: Account) -> None:
     """Say what alpha and rank come to; the product B·A is scaled alike there and here."""
     rank, alpha = account.run.get("adapter.r"), account.run.get("adapter.lora_alpha")
     if not rank or alpha is None:
@@ -93,5 +93,5 @@ def tell_scaling(account: Account, key: str) -> None:
     rule = "alpha / sqrt(r)" if stabilized else "alpha / r"
     account.differ(
         f"scaling of the update: {rule} = {alpha:g} / {'sqrt ' if stabilized else ''}{rank:g} = "
-        f"{scale:.4g}, the same there and here ({key} is carried as it is)"
+        f"{scale:.4g}, the same rule there and here, so alpha is not rescaled"
     )

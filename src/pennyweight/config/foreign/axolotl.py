@@ -158,6 +158,12 @@ LOST = TRAINER_LOST | groups(
     }
 )
 
+_OF_AN_ADAPTER = names("""
+lora_r lora_alpha lora_dropout lora_target_linear lora_target_modules lora_modules_to_save
+peft_use_rslora peft_layers_to_transform peft_layers_pattern peft_init_lora_weights
+loraplus_lr_ratio peft load_in_4bit load_in_8bit bnb_config_kwargs
+""")
+
 _PLAIN = {
     "gradient_accumulation_steps": ("train.gradient_accumulation_steps", "whole", 1),
     "learning_rate": ("train.learning_rate", "number", None),
@@ -179,6 +185,8 @@ def translate(account: Account, beside: Path) -> None:
     _model(account)
     if account.run.get("train.method") != "full":
         _adapter(account)
+    account.idle("no adapter is trained, or another key of it counts", *_OF_AN_ADAPTER)
+    _precision(account)
     held_out = rows(account, beside)
     template(account, "chat_template", account.text("base_model") or "", beside)
     _lengths(account)
@@ -189,9 +197,11 @@ def translate(account: Account, beside: Path) -> None:
     trainer.bookkeeping(account, output_dir="model-out")
     _trackers(account)
     _special_tokens(account)
+    if (norm := account.number("max_grad_norm")) is not None:
+        account.carry("max_grad_norm", "train.max_grad_norm", norm or None, "" if norm else "off")
     for key, (to, reader, default) in _PLAIN.items():
         value = getattr(account, reader)(key)
-        if value is not None or (default is not None and key not in account):
+        if value is not None or (default is not None and to not in account.run):
             account.carry_or_assume(key, to, value, default)
     trainer.finish(account, KEYS, UNNEEDED, LOST)
 
@@ -223,7 +233,6 @@ def _model(account: Account) -> None:
         account.carry("load_in_8bit", "base.quantization", "int8", OUTLIERS)
     else:
         account.carry("adapter", "train.method", "lora")
-    _precision(account)
 
 
 def _four_bits(account: Account) -> None:
@@ -283,7 +292,7 @@ def _adapter(account: Account) -> None:
     if (peft := account.part("peft")) is not None:
         for key in peft.open_keys():
             peft.lose(key, "a way to begin from a quantized base; here B begins at zero")
-    tell_scaling(account, "lora_alpha")
+    tell_scaling(account)
 
 
 def _lengths(account: Account) -> None:

@@ -130,6 +130,12 @@ LOST = TRAINER_LOST | groups(
 )
 
 
+_OF_AN_ADAPTER = names("""
+lora_rank lora_alpha lora_dropout lora_target additional_target use_rslora loraplus_lr_ratio
+quantization_type quantization_method double_quantization
+""")
+
+
 def translate(account: Account, beside: Path) -> None:
     """Every key of the file; `beside` is the folder it stands in."""
     stage = account.text("stage") or "sft"
@@ -140,6 +146,7 @@ def translate(account: Account, beside: Path) -> None:
     _method(account)
     if account.run.get("train.method") != "full":
         _adapter(account)
+    account.idle("no adapter is trained, or no quantized base", *_OF_AN_ADAPTER)
     _lengths(account, stage)
     held_out = _rows(account, beside, stage)
     template(account, "template", account.text("model_name_or_path") or "", beside)
@@ -224,7 +231,7 @@ def _adapter(account: Account) -> None:
         account.carry("use_rslora", "adapter.use_rslora", stabilized)
     if (ratio := account.number("loraplus_lr_ratio")) is not None:
         account.carry("loraplus_lr_ratio", "adapter.loraplus_lr_ratio", ratio)
-    tell_scaling(account, "lora_alpha")
+    tell_scaling(account)
 
 
 def _lengths(account: Account, stage: str) -> None:

@@ -34,7 +34,7 @@ LOST = groups(
         "B·A": "use_dora",
         "another form of the update; here it is LoRA's plain B·A": (
             "use_qalora qalora_group_size arrow_config lora_bias use_bdlora lora_ga_config "
-            "alora_invocation_tokens monteclora_config"
+            "alora_invocation_tokens monteclora_config kasa_config velora_config"
         ),
         "modules left out; adapter.target_modules takes a list or a pattern of what is in": (
             "exclude_modules"
@@ -88,10 +88,16 @@ def _adapter(account: Account, model: str) -> None:
         targets(account, "target_modules", "layers_to_transform", "layers_pattern")
     else:
         default_targets(account, "target_modules", model)
+        if "layers_to_transform" in account:
+            account.lose(
+                "layers_to_transform",
+                "some layers only; adapter.target_modules takes a pattern of names",
+            )
+        account.idle("no layers are chosen by it", "layers_pattern")
     if saved := account.words("modules_to_save"):
         account.carry("modules_to_save", "adapter.modules_to_save", saved)
     for key in ("rank_pattern", "alpha_pattern"):
-        if isinstance(table := account.read(key), dict) and table:
+        if table := account.table(key):
             account.carry(key, f"adapter.{key}", table)
     begun = account.read("init_lora_weights")
     if begun is True:
@@ -102,4 +108,4 @@ def _adapter(account: Account, model: str) -> None:
         account.same("bias", "no bias is trained")
     elif "bias" in account:
         account.lose("bias", "biases trained beside the adapter; here none are")
-    tell_scaling(account, "lora_alpha")
+    tell_scaling(account)

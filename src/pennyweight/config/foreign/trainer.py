@@ -15,6 +15,7 @@ __all__ = [
     "BFLOAT16",
     "FLOAT16",
     "OUTLIERS",
+    "UNREAD",
     "bookkeeping",
     "evaluation",
     "finish",
@@ -205,9 +206,9 @@ def evaluation(account: Account, *, held_out: bool) -> None:
     when = account.text("eval_strategy") or account.text("evaluation_strategy")
     named = "eval_strategy" if "eval_strategy" in account else "evaluation_strategy"
     if not held_out:
-        for key in (named, "eval_steps", "do_eval"):
-            if key in account:
-                account.unneeded(key, "nothing is held out there")
+        account.idle(
+            "nothing is held out there", named, "eval_steps", "do_eval", "evaluation_strategy"
+        )
         return
     if when == "epoch":
         account.lose(named, "measured after each epoch; here ten times a run, or train.eval_steps")
@@ -217,6 +218,7 @@ def evaluation(account: Account, *, held_out: bool) -> None:
         account.same("do_eval")
     if (steps := account.number("eval_steps")) is not None and when != "epoch":
         _every(account, "eval_steps", steps, "train.eval_steps", "ten evaluations a run")
+    account.idle(f"{named} says when", "evaluation_strategy", "eval_steps")
 
 
 def saving(account: Account) -> None:
@@ -283,6 +285,9 @@ def _trackers(account: Account) -> None:
         account.same("report_to", "events.jsonl only")
 
 
+UNREAD = "it has no meaning beside the file's other settings that could be carried"
+
+
 def finish(
     account: Account,
     known: Iterable[str],
@@ -300,7 +305,7 @@ def finish(
         elif key in lost:
             account.lose(key, lost[key])
         elif key in known:
-            account.same(key)
+            account.lose(key, UNREAD)
         else:
             near = difflib.get_close_matches(key, every, 1, cutoff=0.75)
             meant = f"did you mean {near[0]}? " if near else ""

@@ -18,7 +18,7 @@ adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps
 per_device_train_batch_size per_gpu_train_batch_size gradient_accumulation_steps
 gradient_checkpointing activation_checkpointing bf16 fp16 eval_strategy evaluation_strategy
 eval_steps do_eval save_strategy save_steps save_total_limit load_best_model_at_end
-metric_for_best_model logging_steps report_to run_name seed output_dir use_cpu no_cuda
+metric_for_best_model logging_steps report_to seed output_dir use_cpu no_cuda
 """)
 """Keys that the functions here and in the tools' files look at one by one."""
 
@@ -97,7 +97,7 @@ LOST = groups(
             "activation_offloading"
         ),
         "the name in a tracking service; WANDB_PROJECT and WANDB_NAME in the environment do it": (
-            "project trackio_space_id trackio_bucket_id trackio_static_space_id"
+            "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
         ),
     }
 )

@@ -58,7 +58,7 @@ LOST = TRAINER_LOST | groups(
 
 _OF_AN_ADAPTER = names("""
 lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora load_in_4bit
-load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant
+load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant lora_task_type
 """)
 # What only the trainers of preferences and rewards have.
 _OTHER_TRAINERS = names("""
@@ -74,8 +74,7 @@ def translate(account: Account, beside: Path) -> None:
     adapted = _method(account)
     if adapted:
         _adapter(account)
-    else:
-        _no_adapter(account)
+    account.idle("it did nothing there: use_peft or load_in_4bit is not true", *_OF_AN_ADAPTER)
     held_out = _rows(account, beside)
     _lengths(account)
     _template(account, beside)
@@ -131,12 +130,6 @@ def _quantized(account: Account, *, four: bool) -> None:
     )
 
 
-def _no_adapter(account: Account) -> None:
-    for key in _OF_AN_ADAPTER:
-        if key in account:
-            account.unneeded(key, "it did nothing there: use_peft is not true")
-
-
 def _adapter(account: Account) -> None:
     rank, alpha = account.whole("lora_r"), account.number("lora_alpha")
     account.carry_or_assume("lora_r", "adapter.r", rank, 16)
@@ -156,7 +149,7 @@ def _adapter(account: Account) -> None:
         account.same("lora_task_type", "a language model")
     elif task is not None:
         account.fault("lora_task_type", f"{task} is not here; CAUSAL_LM is")
-    tell_scaling(account, "lora_alpha")
+    tell_scaling(account)
 
 
 def _rows(account: Account, beside: Path) -> bool:
@@ -231,8 +224,8 @@ def _held_out(account: Account, train: list[dict[str, Any]], beside: Path) -> bo
         key = "eval_strategy"
         said = "no rows are held out, as there; 0.05 would show what the tuning was worth"
         account.assume(key, "data.eval_fraction", 0.0, said)
-    if when == "no" and "dataset_test_split" in account:
-        account.unneeded("dataset_test_split", "nothing is measured there")
+    account.idle("nothing is measured there", "dataset_test_split")
+    account.idle("`datasets` has its own", "dataset_train_split")
     put_sources(account, train, held)
     return bool(held or share)
 
