@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from campaigns.catalogue import CAMPAIGNS, Campaign, named
 from campaigns.page import PAGE, replaced
-from campaigns.tally import Absent, Tally
+from campaigns.tally import Absent, Enough, Tally
 
 __all__ = ["main"]
 
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", metavar="NAME", help="list, all, or names")
     parser.add_argument("--short", action="store_true", help="the tests' form: few cases, no row")
     parser.add_argument("--cases", type=int, help="about so many cases, no row")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="the longest for each; the row says so"
+    )
     parser.add_argument("--results", type=Path, default=PAGE, help="the page whose row is replaced")
     parser.add_argument("--json", action="store_true", help="one JSON object a campaign on stdout")
     asked = parser.parse_args(arguments)
@@ -46,10 +50,12 @@ def _run(campaign: Campaign, asked: argparse.Namespace) -> int:
     full = not asked.short and asked.cases is None
     cases = None if full else asked.cases or campaign.short
     with tempfile.TemporaryDirectory(prefix=f"campaign-{campaign.name}-") as folder:
-        tally = Tally(campaign.name, Path(folder).resolve())
+        tally = Tally(campaign.name, Path(folder).resolve(), 60 * asked.minutes)
         tally.say(campaign.promise)
         try:
             campaign.run(tally, cases)
+        except Enough:
+            tally.remark(f"stopped after {asked.minutes:g} minutes, as asked")
         except Absent as absent:
             tally.say(f"skipped: {absent}")
             _tell(asked, {"name": campaign.name, "absent": str(absent)})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Absent", "Tally"]
+__all__ = ["Absent", "Enough", "Tally"]
 
 SAY_EVERY_S = 5.0
 
@@ -16,12 +17,17 @@ class Absent(Exception):
     """What a campaign needs is not on this machine; the text says what and how to have it."""
 
 
+class Enough(Exception):
+    """The time that was given is used up; what was tried so far counts."""
+
+
 @dataclass
 class Tally:
-    """`folder` is a scratch folder of the campaign's own. Progress goes to stderr."""
+    """`longest_s`: after so many seconds a case is the last. `folder` is a scratch folder of the campaign's own. Progress goes to stderr."""
 
     name: str
     folder: Path
+    longest_s: float = math.inf
     tried: int = 0
     survived: int = 0
     faults: list[str] = field(default_factory=list)
@@ -40,6 +46,8 @@ class Tally:
         if time.monotonic() - self.said > SAY_EVERY_S:
             self.said = time.monotonic()
             self.say(f"{self.survived:,} of {self.tried:,} so far, at {label}")
+        if self.seconds > self.longest_s:
+            raise Enough
 
     def say(self, text: str) -> None:
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
