@@ -21,6 +21,7 @@ VERBS = [
     "import",
     "preview",
     "plan",
+    "parity",
     "train",
     "compare",
     "evaluate",

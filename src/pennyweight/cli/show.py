@@ -25,6 +25,7 @@ __all__ = [
     "facts",
     "imported",
     "merged",
+    "parity",
     "plain_fields",
     "plan",
     "preview",
@@ -254,6 +255,19 @@ def imported(found: Any, name: str, out: Path | None) -> Any:
 
 def _setting(entry: Any) -> str:
     return f"{entry.to}: {entry.becomes}" if entry.becomes else entry.to
+
+
+def parity(found: Any) -> Any:
+    """A row a way, a column a check; below them the rows, what is to be known, and every fault."""
+    from rich.console import Group
+    from rich.text import Text
+
+    marks = {True: "✓", False: "✗", None: "-"}
+    checks = list(next(iter(found.ways.values())))
+    rows = [(way, *(marks[held[check]] for check in checks)) for way, held in found.ways.items()]
+    lines = [f"{source}: {', '.join(shape) or 'plain'}" for source, shape in found.rows.items()]
+    lines += ["", *found.notes, *map(str, found.faults), found.sentence()]
+    return Group(table(("", *checks), rows), *(Text(line) for line in lines))
 
 
 def preview(shown: Iterable[Any], lines: Iterable[str]) -> Any:

@@ -162,6 +162,29 @@ def plan(
 
 
 @app.command()
+def parity(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN.YAML|RUN", help="A description, or a run's folder.")
+    ],
+    overrides: Overrides = None,
+    merged: Annotated[
+        Path | None, typer.Option(help="A merged folder; default the run's own, if there is one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that training, chat, server and merged folder read a conversation as the same ids.
+
+    Reads no weight. Every `train` begins with it.
+    """
+    with show.Printer(as_json) as printer:
+        from pennyweight.finetune import parity as compare
+
+        found = compare(target, overrides or (), merged=merged)
+        printer.give(found.to_dict(), lambda: show.parity(found))
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
 def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train; the same command again resumes."""
     from pennyweight.config import load_run

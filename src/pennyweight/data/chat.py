@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from pennyweight.data.codec import Codec
-from pennyweight.data.conversation import Conversation, Dropped, Example, Message
+from pennyweight.data.conversation import Conversation, Dropped, Example, Kind, Message
+from pennyweight.data.exported import exported
 from pennyweight.data.messages import chat_messages
 from pennyweight.data.surface import Surface, TurnRefusedError, surfaces
 from pennyweight.data.turns import Piece, pieces
@@ -97,6 +98,35 @@ class Renderer:
         whole.max_length = sys.maxsize
         return whole
 
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts that the tokenizer reads as one special token, wherever they stand."""
+        return self._codec.special_texts
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether ids depend on the day they are made."""
+        return any(surface.reads_clock for surface in self._surfaces.values())
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._codec.bos_id
+
+    def adds_bos(self, kind: Kind) -> bool:
+        """Whether BOS is put before rows of this kind where their text does not begin with it."""
+        return self._surfaces[kind].adds_bos
+
+    def as_chat(self, kind: Kind) -> bool:
+        """Whether rows of this kind are rendered as a chat is."""
+        return self._surfaces[kind] is self._surfaces["chat"]
+
+    def exported_template(self) -> str | None:
+        """A chat template with which transformers alone gives the ids that chat is rendered to here.
+
+        None where the tokenizer's own does so as it stands.
+        """
+        return exported(self._surfaces["chat"], self._codec, system=self._system)
+
     def describe(self) -> dict[str, Any]:
         """What a report says of the rendering; plain JSON."""
         chat = self._surfaces["chat"]
@@ -149,6 +179,10 @@ class Renderer:
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of generated ids."""
         return self._codec.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The text of ids with special tokens in it."""
+        return self.decode(ids, skip_special_tokens=False)
 
     def render(self, conversation: Conversation) -> tuple[Example, ...] | Dropped:
         """One example in most cases; one for each trained turn where the turns cannot share one."""

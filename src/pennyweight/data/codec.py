@@ -31,7 +31,9 @@ class Codec:
             backend.no_padding()
             backend.no_truncation()
         self._backend = backend
-        self.added_ids = frozenset(backend.get_added_tokens_decoder())
+        added = backend.get_added_tokens_decoder()
+        self.added_ids = frozenset(added)
+        self.special_texts = tuple(token.content for token in added.values() if token.special)
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         others = {self.bos_id, self.eos_id, tokenizer.pad_token_id}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -43,6 +43,20 @@ class Conversation:
     source: str
     kind: Kind = "chat"
     tools: tuple[Mapping[str, Any], ...] | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Plain values, as JSON has them; `of` makes an equal conversation of them."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Conversation:
+        tools = values["tools"]
+        return cls(
+            messages=tuple(Message(**message) for message in values["messages"]),
+            source=values["source"],
+            kind=values["kind"],
+            tools=None if tools is None else tuple(tools),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

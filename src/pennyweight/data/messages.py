@@ -21,6 +21,7 @@ __all__ = [
     "parsed_tools",
     "parsed_train",
     "type_name",
+    "wire_message",
 ]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -47,6 +48,23 @@ def parsed_messages(rows: Any, where: str) -> tuple[Message, ...]:
         m if isinstance(m, Message) else parsed_message(m, f"{where}[{i}]")
         for i, m in enumerate(rows)
     )
+
+
+def wire_message(message: Message) -> dict[str, Any]:
+    """A message as the OpenAI API writes it, ready for JSON; `parsed_message` reads it back."""
+    row: dict[str, Any] = {"role": message.role, "content": message.content, **message.extra}
+    if "tool_calls" in row:
+        row["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _as_json(call["function"])}}
+            for call in row["tool_calls"]
+        ]
+    return row
+
+
+def _as_json(function: Mapping[str, Any]) -> str:
+    """The arguments of a call as the text that the API carries."""
+    arguments = function["arguments"]
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def parsed_message(row: Any, where: str) -> Message:

@@ -26,11 +26,12 @@ from pennyweight.data.examples import Examples, load_folder, save_folder
 from pennyweight.data.ledger import Ledger, LedgerRow
 from pennyweight.data.limits import LIMITS, past_limits
 from pennyweight.data.read import Faults
+from pennyweight.data.specimens import MOST_SPECIMENS, Specimen, as_trained, specimens
 from pennyweight.errors import DataError
 
 __all__ = ["Prepared", "Question", "located", "prepare"]
 
-_VERSION = 3  # of what the cache holds; raised when rendering changes
+_VERSION = 4  # of what the cache holds; raised when rendering changes
 _ROWS_AT_ONCE = 2000
 _SHAPES_NO_IDS = {"train", "eval", "packing", "split_seed", *LIMITS}
 
@@ -47,7 +48,8 @@ class Question:
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """Everything a run needs of its data. `fingerprint`: sha256 of all that shaped it; `made_of`:
-    the same part by part, the settings apart, as a reader should see it.
+    the same part by part, the settings apart, as a reader should see it; `specimens`: rows of
+    every shape, as they were read and as they are trained.
     """
 
     train: Examples
@@ -56,6 +58,7 @@ class Prepared:
     ledger: Ledger
     renderer: Renderer
     fingerprint: str
+    specimens: tuple[Specimen, ...] = ()
     made_of: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -181,8 +184,17 @@ def _made(
     notes += _leaks(train_ledger, eval_ledger)
     ledger = Ledger((*train_ledger, *eval_ledger), tuple(notes))
     questions = _questions(renderer, eval_rows, evaluated)
+    chosen = _chosen(renderer, train_rows, train, eval_rows, evaluated)
     repeated = np.repeat(np.arange(len(train)), [times[row] for row in index])
-    prepared = Prepared(train.subset(repeated), evaluated, questions, ledger, renderer, key)
+    prepared = Prepared(
+        train.subset(repeated),
+        evaluated,
+        questions,
+        ledger,
+        renderer,
+        key,
+        as_trained(chosen, train, evaluated),
+    )
     facts = {
         "all": train,
         "repeated": repeated.tolist(),
@@ -193,6 +205,7 @@ def _made(
             for q in questions
         ],
         "resolved": resolved,
+        "specimens": [row.values() for row in chosen],
     }
     return prepared, facts
 
@@ -211,7 +224,31 @@ def _from_cache(
     )
     renderer = _renderer(config, tokenizer, stop_id, facts["resolved"])
     train = parts["train"].subset(facts["repeated"])
-    return Prepared(train, parts["eval"], questions, ledger, renderer, key)
+    chosen = [Conversation.of(values) for values in facts["specimens"]]
+    return Prepared(
+        train,
+        parts["eval"],
+        questions,
+        ledger,
+        renderer,
+        key,
+        as_trained(chosen, parts["train"], parts["eval"]),
+    )
+
+
+def _chosen(
+    renderer: Renderer,
+    train_rows: Sequence[Conversation],
+    train: Examples,
+    eval_rows: Sequence[Conversation],
+    evaluated: Examples,
+) -> list[Conversation]:
+    """Specimens of the rows that were kept, held-out ones too: those are answered in text."""
+    special = renderer.special_texts
+    kept = {source.split("#")[0] for part in (train, evaluated) for source in part.sources}
+    trained = specimens([row for row in train_rows if row.source in kept], special)
+    held = [row for row in eval_rows if row.source in kept]
+    return trained + specimens(held, special, most=MOST_SPECIMENS // 4)
 
 
 def _read(

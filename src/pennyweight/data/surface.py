@@ -20,7 +20,7 @@ from pennyweight.data.conversation import Kind, Message
 from pennyweight.data.sandbox import ChatTemplate, TemplateRefusedError
 from pennyweight.errors import DataError
 
-__all__ = ["Surface", "TurnRefusedError", "surfaces"]
+__all__ = ["Plain", "Surface", "TurnRefusedError", "arguments_as_text", "surfaces"]
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -119,6 +119,7 @@ class Plain(_Ending):
 
     name = "plain"
     prints_stop = True
+    reads_clock = False
     notes: tuple[str, ...] = ()
 
     def __init__(self, codec: Codec, *, prompt_suffix: str, stop_id: int | None) -> None:
@@ -126,7 +127,7 @@ class Plain(_Ending):
         self.stop_ids = frozenset({self.stop_id})
         self.closers = (self.stop_text,)
         self.adds_bos = codec.bos_id is not None
-        self._suffix = prompt_suffix
+        self.suffix = prompt_suffix
         self.identity = f"plain {prompt_suffix!r} {self.stop_id}"
 
     def text(
@@ -144,7 +145,7 @@ class Plain(_Ending):
             if message.role in {"assistant", "text"}:
                 tail = self.stop_text
             elif after.role == "assistant":
-                tail = self._suffix
+                tail = self.suffix
             else:
                 tail = "\n\n"
             parts.append(message.content + tail)
@@ -172,6 +173,9 @@ class Templated(_Ending):
         now: datetime,
     ) -> None:
         self.name, self._codec, self._thinking = name, codec, thinking
+        self.sources = dict(sources)
+        self.switches: dict[str, bool] = {}
+        self.eos_text: str | None = None
         shown = "the tokenizer's chat template" if name == "tokenizer" else name
         self._templates = {
             key: ChatTemplate(source, name=shown, now=now) for key, source in sources.items()
@@ -183,10 +187,10 @@ class Templated(_Ending):
             key: str(token) for key, token in tokenizer.special_tokens_map.items()
         }
         if name in {"turns", "chatml"}:
-            self._variables["eos_token"] = fallback_text
+            self._variables["eos_token"] = self.eos_text = fallback_text
         # A template of the tokenizer's prints BOS itself, or leaves it to the tokenizer.
         self.adds_bos = codec.bos_id is not None if name == "turns" else codec.adds_bos
-        self._content_is_parts = self._folds_system = False
+        self.content_is_parts = self.folds_system = False
         self._probe_content()
         self._probe_thinking()
         self._probe_system()
@@ -195,8 +199,9 @@ class Templated(_Ending):
         self.stop_id, self.stop_text = printed[0] if printed else (fallback_id, fallback_text)
         self.stop_ids = frozenset({self.stop_id, fallback_id})
         self.closers = tuple(dict.fromkeys([*(text for _, text in printed), fallback_text]))
+        self.reads_clock = any(t.reads_clock for t in self._templates.values())
         self.notes = self._notes(now)
-        clock = now.date() if any(t.reads_clock for t in self._templates.values()) else ""
+        clock = now.date() if self.reads_clock else ""
         self.identity = json.dumps([sorted(sources.items()), self._variables, str(clock), stop_id])
 
     def text(
@@ -206,13 +211,13 @@ class Templated(_Ending):
         *,
         generation: bool,
     ) -> str:
-        folded = _fold_system(messages) if self._folds_system else messages
+        folded = _fold_system(messages) if self.folds_system else messages
         rows = [self._row(message) for message in folded]
         try:
             return self._run(rows, tools, generation)
         except TurnRefusedError:
             # Some templates print a call's arguments with tojson, some expect them as JSON text.
-            as_text = [_arguments_as_text(row) for row in rows]
+            as_text = [arguments_as_text(row) for row in rows]
             if as_text == rows:
                 raise
             return self._run(as_text, tools, generation)
@@ -250,21 +255,21 @@ class Templated(_Ending):
 
     def _row(self, message: Message) -> dict[str, Any]:
         row = message.for_template()
-        if self._content_is_parts:
+        if self.content_is_parts:
             row["content"] = [{"type": "text", "text": message.content}]
         return row
 
     def _probe_content(self) -> None:
         probe = (Message("user", _QUESTION), Message("assistant", _ANSWER))
         for as_parts in (False, True):
-            self._content_is_parts = as_parts
+            self.content_is_parts = as_parts
             try:
                 text = self.text(probe, None, generation=False)
             except TurnRefusedError:
                 continue
             if _QUESTION in text and _ANSWER in text:
                 return
-        self._content_is_parts = False
+        self.content_is_parts = False
         try:
             self.text(probe, None, generation=False)
         except TurnRefusedError as refused:
@@ -287,6 +292,7 @@ class Templated(_Ending):
             except TurnRefusedError:
                 continue
             if own.startswith(prompt):
+                self.switches = dict(switch)
                 self._variables |= switch
                 return
 
@@ -295,14 +301,14 @@ class Templated(_Ending):
         probe = (Message("system", _SYSTEM), Message("user", _QUESTION))
         answered = (*probe, Message("assistant", _ANSWER))
         for fold in (False, True):
-            self._folds_system = fold
+            self.folds_system = fold
             try:
                 asked = self.text(probe, None, generation=True)
                 if _SYSTEM in asked and _SYSTEM in self.text(answered, None, generation=False):
                     return
             except TurnRefusedError:
                 continue
-        self._folds_system = False
+        self.folds_system = False
 
     def _probe_stop(self) -> list[tuple[int, str]]:
         """The added tokens printed after an answer, as (id, text), first the one that ends it."""
@@ -315,11 +321,11 @@ class Templated(_Ending):
 
     def _notes(self, now: datetime) -> tuple[str, ...]:
         notes = []
-        if self._folds_system:
+        if self.folds_system:
             notes.append("system messages are put before the first user message")
         if not self.prints_stop:
             notes.append(f"the template prints no stop token; {self.stop_text} is put after it")
-        if any(t.reads_clock for t in self._templates.values()):
+        if self.reads_clock:
             notes.append(f"the template prints the date; it is told {now.date()}")
         if "enable_thinking" in self._variables:
             notes.append(f"enable_thinking is {self._variables['enable_thinking']}")
@@ -348,7 +354,7 @@ def _fold_system(messages: Sequence[Message]) -> Sequence[Message]:
     return (folded, *messages[2:])
 
 
-def _arguments_as_text(row: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_as_text(row: Mapping[str, Any]) -> dict[str, Any]:
     calls = []
     for call in row.get("tool_calls", ()):
         function = call.get("function", {})

@@ -13,7 +13,7 @@ from typing import Any
 from pennyweight.data.conversation import Message
 from pennyweight.data.surface import Surface, TurnRefusedError
 
-__all__ = ["Piece", "Turn", "pieces"]
+__all__ = ["Piece", "Turn", "pieces", "trained_turns"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def pieces(
     """The pieces of one conversation; raises TurnRefusedError where it cannot be rendered."""
     if messages[-1].role == "text" or train_on == "all":
         return [_everything(surface, messages, tools)]
-    turns = [_turn(surface, messages[: i + 1], tools) for i in _trained_turns(messages, train_on)]
+    turns = [_turn(surface, messages[: i + 1], tools) for i in trained_turns(messages, train_on)]
     append = None if surface.prints_stop else surface.stop_id
     whole = turns[-1].alone
     together = Piece(surface, whole, tuple(turns), append)
@@ -64,7 +64,8 @@ def pieces(
     return together.apart()
 
 
-def _trained_turns(messages: Sequence[Message], train_on: str) -> list[int]:
+def trained_turns(messages: Sequence[Message], train_on: str) -> list[int]:
+    """Places of the answers that are trained; raises TurnRefusedError where none is."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
         raise TurnRefusedError("no assistant turn")

@@ -14,6 +14,7 @@ from pennyweight.config import RunConfig, resolve
 from pennyweight.data.prepare import prepare
 from pennyweight.errors import Interrupted
 from pennyweight.files import disk_faults
+from pennyweight.finetune.parity import parity, parity_of
 from pennyweight.finetune.rehearsal import corrected, rehearse
 from pennyweight.finetune.seen import Seen, look
 from pennyweight.finetune.underway import Run, RunResult, data_size, day_of, stop_id
@@ -22,7 +23,7 @@ from pennyweight.plan import plan
 from pennyweight.runs import RunFolder
 from pennyweight.train import RunLock, StopRequest, enable_checkpointing, restart_peak, tidy, train
 
-__all__ = ["AGAIN", "RunResult", "Seen", "finetune", "look"]
+__all__ = ["AGAIN", "RunResult", "Seen", "finetune", "look", "parity"]
 
 AGAIN = "free some space or mend the folder, then run the same command again"
 
@@ -52,6 +53,10 @@ def finetune(
                 stop_id=stop_id(base),
                 day=day_of(folder),
             )
+            agreed = parity_of(
+                data, base.tokenizer, model=config.base.model, model_stop_ids=base.stop_ids
+            )
+            agreed.refuse()
             restart_peak(base.device)
             predicted = plan(config, rows=data_size(data))
             if predicted.recompute != "none" or config.train.gradient_checkpointing is True:
@@ -62,6 +67,7 @@ def finetune(
                 folder.describe(config, origin=origin, text=text)
                 data.ledger.write(folder.ledger)
                 folder.keep_held_out(data, config.evaluate.max_rows)
+                run.tell_parity(agreed)
                 if run.trainee.step < run.total_steps:
                     predicted = rehearse(run, predicted, resumed=resumed is not None)
                 run.introduce(predicted, resumed)

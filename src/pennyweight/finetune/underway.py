@@ -22,6 +22,7 @@ from pennyweight.model import BaseModel
 from pennyweight.plan import DataSize, Plan
 from pennyweight.report import Report, plot_losses, read_events
 from pennyweight.runs import RunFolder, adapter_slot
+from pennyweight.runs.parity import Parity
 from pennyweight.train import (
     CheckpointState,
     Step,
@@ -165,6 +166,12 @@ class Run:
         for name, number in versions().items():
             if (before := state.progress["versions"].get(name)) != number:
                 self.notice(f"resumed with {name} {number}, so far it was {before}")
+
+    def tell_parity(self, agreed: Parity) -> None:
+        """Say what the comparison of token ids came to."""
+        self.report.event("parity", **agreed.to_dict())
+        for line in (agreed.sentence(), *agreed.notes):
+            self.report.say(line)
 
     def introduce(self, predicted: Plan, resumed: int | None) -> None:
         """Say what is about to happen, and measure the base before anything is learned."""

@@ -5,6 +5,7 @@ from pennyweight.runs.chat import ChatSession, open_chat
 from pennyweight.runs.folder import HeldOut, RunFolder, adapter_slot
 from pennyweight.runs.measure import evaluate_run, measure
 from pennyweight.runs.merging import MeasuredMerge, merge_adapter, merge_folder, merge_run
+from pennyweight.runs.parity.run import parity_of_run
 
 __all__ = [
     "ChatSession",
@@ -19,4 +20,5 @@ __all__ = [
     "merge_folder",
     "merge_run",
     "open_chat",
+    "parity_of_run",
 ]

@@ -10,6 +10,7 @@ from pennyweight.data.chat import Renderer
 from pennyweight.errors import ConfigError
 from pennyweight.generate import Request, stream
 from pennyweight.model import BaseModel
+from pennyweight.runs.asking import Asking
 from pennyweight.runs.folder import RunFolder, adapter_slot
 
 __all__ = ["ChatSession", "open_chat"]
@@ -31,14 +32,15 @@ class ChatSession:
         seed: int = 0,
     ) -> None:
         self.base, self.renderer, self.adapter = base, renderer, adapter
+        self.asking = Asking.of(base, renderer)
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.messages: list[dict[str, Any]] = []
 
     def send(self, text: str) -> Iterator[str]:
         """Pieces of the answer as they come; the turn is remembered when it is whole."""
-        prompt = self.renderer.prompt([*self.messages, {"role": "user", "content": text}])
+        asked = [*self.messages, {"role": "user", "content": text}]
         pieces = []
-        for piece in self._pieces(prompt):
+        for piece in self._pieces(self.asking.request(asked, like=self._like)):
             pieces.append(piece)
             yield piece
         self.messages += [
@@ -48,23 +50,19 @@ class ChatSession:
 
     def answer(self, prompt_ids: Sequence[int]) -> str:
         """The answer to a rendered prompt, outside the conversation."""
-        return "".join(self._pieces(prompt_ids))
+        return "".join(self._pieces(self.asking.continuing(prompt_ids, self._like)))
 
-    def _pieces(self, prompt: Sequence[int]) -> Iterator[str]:
-        room = self.base.max_positions - len(prompt)
-        if room < 1:
-            raise ConfigError(
-                f"the conversation has {len(prompt):,} tokens, {self.base.name} knows "
-                f"{self.base.max_positions:,} positions: start a new one"
-            )
-        request = Request(
-            prompt_ids=tuple(prompt),
-            max_new_tokens=min(self.max_new_tokens, room),
+    @property
+    def _like(self) -> Request:
+        return Request(
+            prompt_ids=(),
+            max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
-            stop_ids=tuple(dict.fromkeys([*self.renderer.stop_ids, *self.base.stop_ids])),
             adapter=self.adapter,
         )
+
+    def _pieces(self, request: Request) -> Iterator[str]:
         ids: list[int] = []
         said = ""
         for token in stream(self.base, request):

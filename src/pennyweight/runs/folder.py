@@ -19,10 +19,13 @@ from pennyweight.config import DataConfig, RunConfig, read_resolved
 from pennyweight.data.chat import Renderer
 from pennyweight.data.examples import Examples, load_folder, save_folder
 from pennyweight.data.prepare import Prepared, Question
+from pennyweight.data.specimens import Specimen
 from pennyweight.errors import ConfigError, DiskError
 from pennyweight.files import whole
 from pennyweight.lora import Adapter, adapter_of, attach, described
 from pennyweight.model import BaseModel, load_base
+from pennyweight.runs.dressing import EXPORTED, dress
+from pennyweight.runs.parity import compared
 
 TEMPLATE = "template.jinja"
 
@@ -39,12 +42,14 @@ class HeldOut:
     """Held-out rows as tokens, those to answer in text, and how text is rendered.
 
     `builtin_task`: the questions are those of the built-in task, which has a check of its own.
+    `specimens`: rows of every shape, as they were read and as they were trained.
     """
 
     rows: Examples
     questions: tuple[Question, ...]
     rendering: dict[str, Any]
     builtin_task: bool
+    specimens: tuple[Specimen, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,7 @@ class RunFolder:
             "rendering": rendering,
             "builtin_task": all(q.source.startswith("builtin/") for q in data.questions),
             "questions": [asdict(question) for question in data.questions[:most_rows]],
+            "specimens": [specimen.values() for specimen in data.specimens],
         }
         rows = Examples.of([data.eval[i] for i in range(min(most_rows, len(data.eval)))])
         shutil.rmtree(self.held_out, ignore_errors=True)
@@ -128,14 +134,34 @@ class RunFolder:
             Question(tuple(q["prompt_ids"]), q["reference"], q["source"])
             for q in facts["questions"]
         )
-        return HeldOut(parts["eval"], questions, facts["rendering"], facts["builtin_task"])
+        return HeldOut(
+            parts["eval"],
+            questions,
+            facts["rendering"],
+            facts["builtin_task"],
+            tuple(Specimen.of(values) for values in facts.get("specimens", ())),
+        )
 
-    def renderer(self, tokenizer: Any) -> Renderer:
-        """The renderer that training used."""
-        settings = dict(self.read_held_out().rendering)
+    def renderer(self, tokenizer: Any, *, checked: bool = True) -> Renderer:
+        """The renderer that training used.
+
+        ConfigError where the same row would now become other ids (not with `checked` False).
+        """
+        held = self.read_held_out()
+        settings = dict(held.rendering)
         if settings["template"] == TEMPLATE:
             settings["template"] = str(self.path / TEMPLATE)
-        return Renderer(tokenizer, **settings)
+        renderer = Renderer(tokenizer, **settings)
+        if checked:
+            compared(held.specimens, renderer, (), mend=self.drift_mend).refuse()
+        return renderer
+
+    @property
+    def drift_mend(self) -> str:
+        return (
+            f"the chat template or the tokenizer of {self.config().base.model} changed since the run "
+            f"was trained: restore it, or train again; `pennyweight parity {self.path}` tells more"
+        )
 
     def rendering(self, data: DataConfig) -> DataConfig:
         """The data settings with the template that was kept, for other rows rendered like the run's."""
@@ -154,10 +180,14 @@ class RunFolder:
                 "base_double_quantization": config.base.double_quantization,
             }
             described(kept, base, **held).save(self.adapter)
+            template = self.renderer(base.tokenizer).exported_template()
+            if template is not None:  # whoever takes the adapter alone has to know it
+                (self.adapter / EXPORTED).write_text(template, encoding="utf-8")
             return
         partial = self.path / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         base.write_folder(partial)
+        dress(partial, self.renderer(base.tokenizer))
         shutil.rmtree(self.model, ignore_errors=True)
         partial.replace(self.model)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pennyweight.config import BaseConfig, DataConfig, Quantization
+from pennyweight.data.chat import Renderer
 from pennyweight.data.conversation import Example
 from pennyweight.data.prepare import prepare
 from pennyweight.errors import ConfigError
@@ -23,6 +24,7 @@ from pennyweight.model import BaseModel, load_base
 from pennyweight.model.writing import whole_folder
 from pennyweight.report import plain
 from pennyweight.runs.candidates import Trial, trial, ways
+from pennyweight.runs.dressing import dress
 from pennyweight.runs.folder import RunFolder
 
 __all__ = ["MeasuredMerge", "base_of", "merge_adapter", "merge_folder", "merge_run"]
@@ -111,11 +113,12 @@ def merge_run(
             f"{run.path}: method full tunes the whole model; it stands in {run.model}"
         )
     _, resident = run.open()
+    renderer = run.renderer(resident.tokenizer)
     if data is None:
         found = _Rows(run.read_held_out().rows[:rows], "the run's held-out rows")
     else:
         found = _rows_of(data, resident, rows, like=run.rendering(config.data))
-    return _merge(resident, Adapter.load(run.adapter), out, found, asked)
+    return _merge(resident, Adapter.load(run.adapter), out, found, asked, renderer)
 
 
 def merge_adapter(
@@ -215,8 +218,14 @@ def _own_words(base: BaseModel) -> _Rows:
 
 
 def _merge(
-    base: BaseModel, adapter: Adapter, out: Path | str, rows: _Rows, asked: _Asked
+    base: BaseModel,
+    adapter: Adapter,
+    out: Path | str,
+    rows: _Rows,
+    asked: _Asked,
+    renderer: Renderer | None = None,
 ) -> MeasuredMerge:
+    """`renderer`: that of the training, which the folder then speaks by; None where it is unknown."""
     with whole_folder(out) as folder:
         if not len(rows.examples):
             asked.say("no rows to compare on: the adapter writes some itself")
@@ -230,6 +239,8 @@ def _merge(
             dtype=asked.dtype,
             say=asked.say,
         )
+        if renderer is not None:
+            dress(folder, renderer)
         report = _report(out, found, rows)
         written = {"schema_version": SCHEMA_VERSION, **plain(report.to_dict())}
         text = json.dumps(written, indent=2, allow_nan=False)
