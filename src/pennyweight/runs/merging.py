@@ -192,7 +192,8 @@ def _rows_of(data: Path | str, base: BaseModel, most: int, *, like: DataConfig) 
     """The first rows of a file, rendered as `like` says."""
     config = like.model_copy(update={"train": str(data), "eval": None, "eval_fraction": 0.0})
     stop_id = base.stop_ids[0] if base.stop_ids else None
-    rows = prepare(config, base.tokenizer, seed=0, stop_id=stop_id).train
+    # Nothing is trained on them, so the limits of training data do not hold.
+    rows = prepare(config, base.tokenizer, seed=0, stop_id=stop_id, limited=False).train
     return _Rows(rows[:most], f"rows of {Path(data).name}")
 
 
