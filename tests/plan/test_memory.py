@@ -57,7 +57,9 @@ def batch_of(config: Any) -> Batch:
 
 def peak_of(work: Any) -> int:
     """The most bytes of tensors that `work` had allocated at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         work()
     held = most = 0
     events = profiled.profiler.kineto_results.events()

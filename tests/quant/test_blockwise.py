@@ -252,7 +252,7 @@ def test_temporary_memory_is_a_few_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     """The bytes allocated at once while quantizing do not grow with the weight."""
     monkeypatch.setattr(intake, "chunk_elements", lambda device: 1 << 16)
     weight = torch.randn(16 << 16)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         quantize_4bit(weight)
     live = peak = 0
     for event in profile.profiler.kineto_results.events():
