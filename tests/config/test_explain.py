@@ -1,9 +1,13 @@
 """Every setting explains itself."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from pennyweight.config import RunConfig, explain, json_schema, resolve, to_yaml
+from pennyweight.config import RunConfig, explain, json_schema, resolve, to_yaml, write_schema
 from pennyweight.config.keys import GROUPS, KEYS, accepts, names_in
+from pennyweight.config.sources import SOURCES
 from pennyweight.errors import ConfigError
 
 
@@ -56,3 +60,37 @@ def test_init_writes_the_numbers_as_people_do() -> None:
     assert "learning_rate: 2e-4\n" in text
     assert "  # Rank of the update.\n  r: 16\n" in text
     assert max(len(line) for line in text.splitlines()) <= 96
+
+
+def test_a_source_of_rows_explains_its_settings_too() -> None:
+    for key in ("data.train.weight", "data.train[].weight", "data.eval.weight"):
+        assert "relative to its size" in explain(key)
+    with pytest.raises(ConfigError):
+        explain("data.train.wait")
+
+
+# Settings that are this project's own arrangement, or name places, counts and services.
+OWN = """
+base.model base.device data.train data.eval data.eval_fraction data.split_seed data.format
+data.columns data.template data.prompt_suffix data.system data.max_length data.overlong
+data.max_dropped_share data.max_unknown_share data.min_trained_share train.epochs train.max_steps
+train.batch_size train.gradient_accumulation_steps train.logging_steps train.eval_steps
+train.save_steps train.save_total_limit train.report_to evaluate.max_new_tokens output_dir seed
+"""
+
+
+def test_what_has_a_source_names_it() -> None:
+    assert set(SOURCES) <= set(KEYS)
+    own = set(OWN.split()) | {key for key in KEYS if key.startswith(("compare.", "merge."))}
+    assert set(KEYS) - own == set(SOURCES)
+    assert "source   Hu et al. 2021, LoRA, section 4.1" in explain("adapter.lora_alpha")
+
+
+def test_a_schema_is_written_and_nothing_else_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "run.schema.json"
+    write_schema(file)
+    write_schema(file)
+    assert json.loads(file.read_text()) == json_schema()
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match="no schema of a run"):
+        write_schema(file)

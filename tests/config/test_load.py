@@ -149,6 +149,7 @@ BROKEN = {
     "not be trained on": "data: {train: [a.jsonl, b.jsonl], eval: b.jsonl}",
     "set apart only": "data: {eval: b.jsonl, eval_fraction: 0.1}",
     "no turns": "data: {format: text, train_on: last}",
+    "no turns for a template": "data: {format: text, template: chatml}",
     "no conversation": "data: {format: text, system: Be brief.}",
     "own separators": "data: {template: chatml, prompt_suffix: x}",
     "epochs would be ignored": "train: {epochs: 2, max_steps: 5}",
@@ -231,3 +232,22 @@ def test_what_cannot_be_opened_is_a_config_error(tmp_path: Path) -> None:
     assert "a folder" in faults_of(tmp_path)[0]
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8" in faults_of(tmp_path / "run.yaml")[0]
+
+
+def test_wrong_values_and_broken_rules_come_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "adapter: {r: many}\n"
+        "data: {format: text, template: chatml}\n"
+        "train:\n  method: lora\n  epochs: 2\n  max_steps: 10\n  min_lr_ratio: 7\n"
+        "  lr_scheduler_type: constant\n"
+    )
+    with pytest.raises(ConfigError) as refused:
+        load_run(file)
+    said = str(refused.value)
+    assert "run.yaml:1: adapter.r: found the text 'many'" in said
+    assert "run.yaml:2: data.template: plain text has no turns" in said
+    assert "run.yaml:5: train.epochs: max_steps decides" in said
+    assert "run.yaml:7: train.min_lr_ratio: found 7" in said
+    # A rule is not held against a value that is wrong in itself.
+    assert "never comes down" not in said

@@ -60,13 +60,19 @@ def init(
         Literal["qlora", "lora", "full"], typer.Option(help="What is trained, on what base.")
     ] = "qlora",
     output_dir: Annotated[str, typer.Option(help="Where the run writes.")] = "runs/my",
+    schema: Annotated[
+        Path | None, typer.Option(help="Write the JSON Schema there, and name it for editors.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print a commented run.yaml with the settings that matter."""
-    from pennyweight.config import starter
+    from pennyweight.config import starter, write_schema
 
     with show.Printer(as_json) as printer:
         text = starter(model=model, data=data, method=method, output_dir=output_dir)
+        if schema is not None:
+            write_schema(schema)
+            text = f"# yaml-language-server: $schema={schema.as_posix()}\n{text}"
         printer.give({"yaml": text}, lambda: text.rstrip("\n"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pennyweight.config.explain import explain, json_schema, starter, to_yaml
+from pennyweight.config.explain import explain, json_schema, starter, to_yaml, write_schema
 from pennyweight.config.load import LoadedRun, load_run, read_resolved
 from pennyweight.config.rules import origins, resolve
 from pennyweight.config.schema import (
@@ -40,4 +40,5 @@ __all__ = [
     "resolve",
     "starter",
     "to_yaml",
+    "write_schema",
 ]

@@ -7,18 +7,22 @@ import re
 import textwrap
 from collections.abc import Container, Mapping
 from decimal import Decimal
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from pennyweight.config.document import read_document
 from pennyweight.config.keys import GROUPS, KEYS, accepts, names_in, nearest_key, value_at
 from pennyweight.config.rules import RULES, broken_rules, resolve
-from pennyweight.config.schema import RunConfig
+from pennyweight.config.schema import RunConfig, Source
+from pennyweight.config.sources import SOURCES
 from pennyweight.errors import ConfigError
+from pennyweight.files import disk_faults, whole
 
-__all__ = ["explain", "json_schema", "starter", "to_yaml"]
+__all__ = ["explain", "json_schema", "starter", "to_yaml", "write_schema"]
 
 # What a first run is likely to change; `to_yaml` writes these whatever their value.
 _STARTERS = (
@@ -59,6 +63,10 @@ def explain(key: str) -> str:
     if key in GROUPS:
         lines = [f"{key}: {GROUPS[key].description}", ""]
         return "\n".join(lines + [_line(f"{key}.{name}") for name in names_in(key)])
+    of_source = re.fullmatch(r"(data\.(?:train|eval))(?:\[\])?\.(\w+)", key)
+    if of_source and of_source[2] in Source.model_fields:
+        named = f"{of_source[1]}[].{of_source[2]}"
+        return "\n".join(_explained(named, Source.model_fields[of_source[2]]))
     if key not in KEYS:
         whole = [known for known in KEYS if known.rsplit(".", 1)[-1] == key]
         if len(whole) != 1:
@@ -66,17 +74,22 @@ def explain(key: str) -> str:
             mend = f"did you mean {meant}?" if meant else f"groups: {', '.join(names_in(''))}"
             raise ConfigError(f"{key}: no such setting; {mend}")
         key = whole[0]
-    field = KEYS[key]
+    return "\n".join(_explained(key, KEYS[key]))
+
+
+def _explained(key: str, field: FieldInfo) -> list[str]:
     lines = [
         key,
         textwrap.fill(field.description or "", 96, initial_indent="  ", subsequent_indent="  "),
         f"  accepts  {accepts(field)}",
         f"  default  {written(field.default)}",
     ]
+    if key in SOURCES:
+        lines.append(textwrap.fill(f"  source   {SOURCES[key]}", 96, subsequent_indent=" " * 11))
     for rule in RULES:
         if key in rule.keys:
             lines.append(textwrap.fill(f"  needs    {rule.needs}", 96, subsequent_indent=" " * 11))
-    return "\n".join(lines)
+    return lines
 
 
 def _line(key: str) -> str:
@@ -90,6 +103,18 @@ def json_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **RunConfig.model_json_schema(),
     }
+
+
+def write_schema(path: Path) -> None:
+    """Write the schema for editors. What is there is replaced only where it is an older schema."""
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    with disk_faults(path, "name another file"):
+        if path.exists() and '"RunConfig"' not in path.read_text(
+            encoding="utf-8", errors="replace"
+        ):
+            raise ConfigError(f"{path}: exists and is no schema of a run; name another file")
+        with whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def to_yaml(

@@ -184,13 +184,36 @@ class _Findings:
         try:
             run = RunConfig.model_validate(tree)
         except ValidationError as error:
-            for path, messages in _by_value(error, tree).items():
+            wrong = _by_value(error, tree)
+            for path, messages in wrong.items():
                 self.fault(path, _say(path, messages, tree))
+            self._hold_to_rules(_without(tree, wrong), but={spell(path[:2]) for path in wrong})
             return None
-        for rule in broken_rules(run):
-            path = tuple(rule.keys[0].split("."))
-            self.fault(path, f"{rule.keys[0]}: {rule.needs}")
+        self._hold_to_rules(tree, but=set())
         return run
+
+    def _hold_to_rules(self, tree: dict[str, Any], *, but: set[str]) -> None:
+        """Note every broken rule, but those about values that are wrong in themselves."""
+        try:
+            run = RunConfig.model_validate(tree)
+        except ValidationError:
+            return
+        for rule in broken_rules(run):
+            if not but & set(rule.keys):
+                path = tuple(rule.keys[0].split("."))
+                self.fault(path, f"{rule.keys[0]}: {rule.needs}")
+
+
+def _without(tree: dict[str, Any], wrong: Iterable[Path]) -> dict[str, Any]:
+    """The tree less the settings that hold a wrong value."""
+    gone = {path[:2] for path in wrong}
+    return {
+        group: {name: value for name, value in inside.items() if (group, name) not in gone}
+        if isinstance(inside, dict)
+        else inside
+        for group, inside in tree.items()
+        if (group,) not in gone
+    }
 
 
 def _path_of(key: str) -> Path:

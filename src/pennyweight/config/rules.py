@@ -138,6 +138,11 @@ RULES: tuple[Rule, ...] = (
         lambda run, given: run.data.format == "text" and run.data.system is not None,
     ),
     Rule(
+        ("data.template", "data.format"),
+        "plain text has no turns for a template to print: remove data.template",
+        lambda run, given: run.data.format == "text" and run.data.template not in ("auto", "plain"),
+    ),
+    Rule(
         ("data.prompt_suffix", "data.template"),
         "a chat template writes its own separators: remove data.prompt_suffix, "
         "or set data.template to plain",
