@@ -457,3 +457,30 @@ def test_doctor_and_plan_make_tables(run: Any, room: Any, tmp_path: Path) -> Non
     room("doctor", doctor=lambda: [check])
     assert "MEND" in run("doctor").out
     assert "[1 GB]" in run("doctor").out
+
+
+def test_import_writes_a_run_and_accounts_for_the_file(run: Any, tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "axolotl.yml", tmp_path / "new" / "run.yaml"
+    theirs.write_text(
+        "base_model: a/b\nadapter: lora\nlora_r: 4\nlora_alpha: 8\nlearning_rate: 1e-4\n"
+        "datasets: [{path: rows.jsonl, type: completion}]\nneftune_noise_alpha: 5\nflavour: 1\n"
+    )
+    ended = run("import", str(theirs))
+    assert ended.code == 0
+    assert "r: 4  # axolotl.yml:3 lora_r" in ended.out
+    assert "NOT carried (2)" in ended.err
+    assert "axolotl.yml:7: neftune_noise_alpha: 5" in ended.err
+    told = run("import", str(theirs), "--out", str(ours), "--from", "axolotl", "--json").json
+    assert told["out"] == str(ours)
+    assert {entry["fate"] for entry in told["entries"]} >= {"carried", "NOT carried", "unknown"}
+    assert ours.read_text().startswith("# Imported from axolotl.yml")
+    again = run("import", str(theirs), "--out", str(ours))
+    assert (again.code, "exists" in again.err) == (2, True)
+    assert run("import", str(theirs), "--from", "llama-factory").code == 2
+
+
+def test_init_names_the_schema_it_writes(run: Any, tmp_path: Path) -> None:
+    schema = tmp_path / "run.schema.json"
+    written = run("init", "--schema", str(schema)).out
+    assert written.startswith(f"# yaml-language-server: $schema={schema.as_posix()}\n")
+    assert "properties" in json.loads(schema.read_text())

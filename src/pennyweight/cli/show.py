@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from pennyweight.errors import ConfigError
 from pennyweight.report import plain
@@ -70,7 +70,7 @@ class Printer:
             _console().print(shown)
 
 
-def _console(file: TextIO | None = None) -> Console:
+def _console(file: Any = None) -> Console:
     from rich.console import Console
 
     # A table that goes to a file keeps its words whole.
