@@ -111,6 +111,26 @@ def test_what_is_not_finite_never_reaches_the_weights(
     assert (trainee.skipped_steps, trainee.skipped_in_a_row) == (1, 0)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_of_a_micro_batch_only_the_guilty_row_is_named(
+    trainee: Trainee, batch_of: BatchOf, value: float
+) -> None:
+    """Row 4 carries a token that no other row has, and whose hidden state is not finite."""
+    batch = batch_of(0, 1, 2, 3, 4)
+    of_the_others = set(batch_of(0, 1, 2, 4).ids.tolist())
+    token = next(i for i in batch_of(3).ids.tolist() if i not in of_the_others)
+
+    def spoil(_module: object, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == token)[..., None], value)
+
+    embedding = trainee.base.module.get_input_embeddings()
+    with embedding.register_forward_hook(spoil):
+        trainee.forward_backward(batch)
+        step = trainee.optim_step()
+    assert step.skipped
+    assert "the loss is not finite; rows rows.jsonl:4; the step is skipped" in step.notices[0]
+
+
 def test_a_bound_of_skipped_steps_in_a_row(trainee: Trainee, batch_of: BatchOf) -> None:
     warmed(trainee, batch_of)
     for _ in range(3):
