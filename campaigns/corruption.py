@@ -76,8 +76,18 @@ def _said_so(run_folder: Path, damaged: list[int]) -> str | None:
 
 
 def _damage(place: Path, draw: random.Random) -> str:
-    """One of the ways below; gives its name and what it met."""
-    return draw.choice(DAMAGES)(place, draw)
+    """One of the ways below; gives its name and what it met.
+
+    Until something is another: a file of a checkpoint that was itself replaced may be the same.
+    """
+    before, done = _content(place), []
+    while not done or _content(place) == before:
+        done.append(draw.choice(DAMAGES)(place, draw))
+    return "; ".join(done)
+
+
+def _content(place: Path) -> dict[str, bytes | None]:
+    return {path.name: path.read_bytes() if path.is_file() else None for path in place.iterdir()}
 
 
 def _flip(place: Path, draw: random.Random) -> str:
