@@ -98,6 +98,12 @@ def test_a_signal_saves_and_the_same_command_ends_with_the_same_bits(
             finetune(stopped)
     result = finetune(stopped)
     assert result.resumed_from == 4
+    told, other = (
+        json.loads((Path(c.output_dir) / "receipt.json").read_text()) for c in (stopped, config)
+    )
+    assert (told["resumed_after"], other["resumed_after"]) == ([2, 4], [])
+    assert told["held_out"] == other["held_out"]
+    assert told["plan_against_measured"][3] == other["plan_against_measured"][3]
     whole, again = (
         load_file(Path(c.output_dir) / "adapter" / "adapter_model.safetensors")
         for c in (config, stopped)

@@ -355,7 +355,7 @@ def test_merge_shows_every_candidate_beside_the_adapter(run: Any, room: Any) -> 
         "dtype": "as stored",
         "update_kept": 1.0,
         "rows": 9,
-        "measured_on": "the run's held-out rows",
+        "measured_on": "held-out rows of the run",
         "agreement": {"tokens": 1234},
         "models": (
             {"name": "adapter", **figures},
@@ -386,7 +386,7 @@ def test_merge_shows_every_candidate_beside_the_adapter(run: Any, room: Any) -> 
         "99.9%",
         "1e-09",
         "as-trained: its predictions are closest",
-        "9 the run's held-out rows, 1,234 tokens",
+        "9 held-out rows of the run, 1,234 tokens",
         "note: original was refused",
     ):
         assert part in text

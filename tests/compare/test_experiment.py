@@ -61,7 +61,8 @@ def test_arms_see_the_same_tokens_and_are_ordinary_runs(done: Done) -> None:
     again = evaluate_run(done.folder / "lora-r4" / "seed-0", generate_rows=0)
     assert again["tuned"]["loss"] == pytest.approx(done.found.arms[2].loss.mean, rel=1e-6)
     data = {
-        json.loads(path.read_text())["data"] for path in done.folder.glob("*/seed-0/receipt.json")
+        json.loads(path.read_text())["data"]["fingerprint"]
+        for path in done.folder.glob("*/seed-0/receipt.json")
     }
     assert len(data) == 1
 
@@ -127,7 +128,7 @@ def test_changed_rows_are_refused(quick: Any, description: Any, tmp_path: Path) 
     quick(arms=["lora"])
     receipt = tmp_path / "out" / "lora-r4" / "seed-0" / "receipt.json"
     told = json.loads(receipt.read_text())
-    receipt.write_text(json.dumps({**told, "data": "other"}))
+    receipt.write_text(json.dumps({**told, "data": {"fingerprint": "other"}}))
     with pytest.raises(ConfigError, match="data: the content is another"):
         quick(arms=["lora"])
 

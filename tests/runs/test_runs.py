@@ -59,7 +59,7 @@ def test_merge_is_measured_written_down_and_opens_in_transformers(finished, tmp_
     report = merge_run(finished(method), tmp_path / "merged", dtype="float32", say=said.append)
     assert report.onto == "as-trained"
     assert report.agreement.max_logit_difference < 1e-4
-    assert report.measured_on == "the run's held-out rows"
+    assert report.measured_on == "held-out rows of the run"
     tried = ["as-trained", "original"] if method == "qlora" else ["as-trained"]
     assert [model["name"] for model in report.models] == ["adapter", *tried, "base"]
     assert len(said) == 1 + len(tried)

@@ -233,7 +233,7 @@ class Experiment:
         if receipt is None:
             return []
         now = self._shared("data", "base")
-        then = {"data": receipt["data"], "base": receipt["base_fingerprint"]}
+        then = {part: receipt[part]["fingerprint"] for part in ("data", "base")}
         return [
             f"{folder}: {name}: the content is another than when it was trained"
             for name in now

@@ -13,8 +13,8 @@ from pennyweight.compare.outcome import ArmOutcome, BaseOutcome, Comparison, Ran
 from pennyweight.compare.spectrum import effective_rank
 from pennyweight.compare.tally import Figure, answered, forgotten, kept, loss, over_seeds
 from pennyweight.config import RunConfig
-from pennyweight.finetune.underway import versions
 from pennyweight.report import read_events
+from pennyweight.runs import versions
 
 __all__ = ["Findings"]
 

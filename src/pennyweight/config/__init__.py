@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from pennyweight.config.explain import explain, json_schema, starter, to_yaml, write_schema
 from pennyweight.config.load import LoadedRun, load_run, read_resolved
+from pennyweight.config.public import (
+    is_hub_id,
+    named_paths,
+    public,
+    public_config,
+    public_name,
+)
 from pennyweight.config.rules import origins, resolve
 from pennyweight.config.schema import (
     BaseConfig,
@@ -33,9 +40,14 @@ __all__ = [
     "Source",
     "TrainConfig",
     "explain",
+    "is_hub_id",
     "json_schema",
     "load_run",
+    "named_paths",
     "origins",
+    "public",
+    "public_config",
+    "public_name",
     "read_resolved",
     "resolve",
     "starter",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pennyweight.config import RunConfig, resolve
+from pennyweight.config import RunConfig, origins, resolve
 from pennyweight.data.prepare import prepare
 from pennyweight.errors import Interrupted
 from pennyweight.files import disk_faults
@@ -37,9 +37,10 @@ def finetune(
     """Train what `config` describes; everything it makes is in `config.output_dir`.
 
     `origin` and `text` (where each value came from, the YAML as written) are kept beside the
-    result. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
+    result, and the receipt tells them. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
     """
     began = time.perf_counter()
+    origin = origin or origins(config)
     config = resolve(config)
     folder = RunFolder(Path(config.output_dir))
     with disk_faults(folder.path, AGAIN), RunLock(folder.path), StopRequest() as stop:
@@ -93,4 +94,4 @@ def finetune(
                     "saved, and the same command resumes"
                 )
             with stop.at_once("every step is taken and saved, the result is not written"):
-                return run.finish(predicted, resumed)
+                return run.finish(predicted, resumed, origin)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import nn
 
-from pennyweight.config import RunConfig
+from pennyweight.config import RunConfig, TrainConfig
 from pennyweight.data.batch import order
 from pennyweight.errors import ConfigError
 from pennyweight.lora import attach, trained_parameters
@@ -15,7 +15,7 @@ from pennyweight.model import BaseModel
 from pennyweight.optim import adamw, lr_at
 from pennyweight.train import Trainee
 
-__all__ = ["budget_tokens", "micro_batches", "trainee", "what_learns"]
+__all__ = ["budget_tokens", "micro_batches", "trainee", "warmup_steps", "what_learns"]
 
 
 def micro_batches(config: RunConfig, lengths: np.ndarray, epoch: int) -> list[tuple[int, ...]]:
@@ -50,15 +50,20 @@ def what_learns(base: BaseModel, config: RunConfig) -> dict[str, nn.Parameter]:
     return {name: p for name, p in base.module.named_parameters() if p.requires_grad}
 
 
+def warmup_steps(train: TrainConfig, total_steps: int) -> int:
+    """Steps of linear warm-up: as many as given, else a share of all."""
+    if train.warmup_steps is not None:
+        return train.warmup_steps
+    return round(train.warmup_ratio * total_steps)
+
+
 def trainee(
     base: BaseModel, config: RunConfig, parameters: Mapping[str, nn.Parameter], total_steps: int
 ) -> Trainee:
     """These parameters with the optimizer, schedule and clip norm that `config`, resolved, describes."""
     train = config.train
     assert train.learning_rate is not None, "resolve() fills it"
-    warmup = train.warmup_steps
-    if warmup is None:
-        warmup = round(train.warmup_ratio * total_steps)
+    warmup = warmup_steps(train, total_steps)
     peak, kind, floor = train.learning_rate, train.lr_scheduler_type, train.min_lr_ratio
     return Trainee(
         base,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
-from pennyweight import __version__
 from pennyweight.config import RunConfig
 from pennyweight.data.batch import Batch, collate
 from pennyweight.data.examples import Examples
@@ -17,11 +14,12 @@ from pennyweight.data.limits import LIMITS
 from pennyweight.data.prepare import Prepared
 from pennyweight.errors import DiskError, Interrupted
 from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, paired, read_by
-from pennyweight.finetune.learner import micro_batches, trainee, what_learns
+from pennyweight.finetune.learner import micro_batches, trainee, warmup_steps, what_learns
+from pennyweight.finetune.tally import Tally
 from pennyweight.model import BaseModel
 from pennyweight.plan import DataSize, Plan
 from pennyweight.report import Report, plot_losses, read_events
-from pennyweight.runs import RunFolder, adapter_slot
+from pennyweight.runs import Outcome, RunFolder, adapter_slot, receipt_of, versions
 from pennyweight.runs.parity import Parity
 from pennyweight.train import (
     CheckpointState,
@@ -39,7 +37,7 @@ from pennyweight.train import (
     save,
 )
 
-__all__ = ["Run", "RunResult", "data_size", "day_of", "stop_id", "versions"]
+__all__ = ["Run", "RunResult", "data_size", "day_of", "stop_id"]
 
 # Settings that shape what is learned, or which step of it is best.
 SHAPES_THE_RUN = ("base.", "adapter.", "data.", "train.", "seed", "evaluate.max_rows")
@@ -106,8 +104,7 @@ class Run:
         self.eval_every = config.train.eval_steps or max(1, self.total_steps // 10)
         self.save_every = config.train.save_steps or self.eval_every
         self.best_step, self.best_loss, self.misses = 0, math.inf, 0
-        self.loss_before: float | None = None
-        self.train_seconds = 0.0
+        self.tally = Tally()
         self.seconds_to_first_step = 0.0
         self.evaluation_tokens = EVALUATION_TOKENS
         self.stopped_early = False
@@ -160,7 +157,9 @@ class Run:
         own = state.progress["run"]
         self.best_step, self.best_loss = own["best_step"], own["best_loss"] or math.inf
         self.misses, self.stopped_early = own["misses"], own["stopped_early"]
-        self.loss_before, self.train_seconds = own["loss_before"], own["train_seconds"]
+        self.tally = Tally.from_dict(own["tally"])
+        if state.step < self.total_steps:
+            self.tally.resumed_after.append(state.step)
         self.notices, self.owes_evaluation = own["notices"], own["owes_evaluation"]
         self.report.resume(own["events_offset"])
         for name, number in versions().items():
@@ -185,11 +184,11 @@ class Run:
             "start",
             versions=versions(),
             data=self.data.ledger.summary(),
-            planned_peak_bytes=predicted.peak_bytes,
+            planned_peak_bytes=predicted.counted_peak_bytes,
         )
-        self.loss_before = self._held_out(None)
-        if self.loss_before is not None:
-            self.report.evaluation(0, self.loss_before)
+        self.tally.before = self._loss_report(None)
+        if self.tally.before is not None:
+            self.report.evaluation(0, self.tally.before.loss)
 
     def begin(self, seconds: float) -> None:
         """Say how long it took to get here; the first step comes next."""
@@ -199,7 +198,7 @@ class Run:
 
     def after(self, step: Step) -> None:
         """What follows an optimizer step: report, evaluate, checkpoint."""
-        self.train_seconds += step.seconds
+        self.tally.add(seconds=step.seconds, tokens=step.tokens)
         self.report.step(step, total_steps=self.total_steps, every=self.config.train.logging_steps)
         for notice in step.notices:
             self.notice(notice)
@@ -228,12 +227,12 @@ class Run:
         """A checkpoint of this instant, if there is none yet; older ones make room."""
         if self.saved == (self.trainee.step, self.owes_evaluation):
             return
+        self.tally.saw(peak_memory_bytes(self.base.device))
         own = {
             "best_step": self.best_step,
             "best_loss": self.best_loss if self.best_step else None,
             "misses": self.misses,
-            "loss_before": self.loss_before,
-            "train_seconds": self.train_seconds,
+            "tally": self.tally.to_dict(),
             "stopped_early": self.stopped_early,
             "owes_evaluation": self.owes_evaluation,
             "day": self.data.renderer.settings["day"],
@@ -250,38 +249,48 @@ class Run:
         self.saved = (self.trainee.step, self.owes_evaluation)
         retire(self.folder.checkpoints, self.config.train.save_total_limit, self.best_step)
 
-    def finish(self, predicted: Plan, resumed: int | None) -> RunResult:
-        """Write the best weights out, with the receipt and the picture."""
+    def finish(self, predicted: Plan, resumed: int | None, origin: Mapping[str, str]) -> RunResult:
+        """Write the best weights out, with the receipt, the card and the picture.
+
+        `origin`: where each setting's value comes from, for the receipt.
+        """
         steps, trained_tokens = self.trainee.step, self.trainee.trained_tokens_seen
         if self.best_step and self.best_step != self.trainee.step:
             self._take_up_best()
-        change = self._change()
+        before, after = self.tally.before, self._loss_report(self.slot)
+        change = paired(before, after) if before is not None and after is not None else None
+        # A finished run that is looked at again has trained nothing; its peak is the earlier one.
+        if resumed != self.total_steps:
+            self.tally.saw(peak_memory_bytes(self.base.device))
         result = RunResult(
             output_dir=str(self.folder.path),
             steps=steps,
             best_step=self.best_step or steps,
             trained_tokens=trained_tokens,
-            train_seconds=self.train_seconds,
+            train_seconds=self.tally.seconds,
             seconds_to_first_step=self.seconds_to_first_step,
-            loss_before=self.loss_before,
-            loss_after=change["after"] if change else None,
-            loss_change=change,
-            peak_memory_bytes=peak_memory_bytes(self.base.device),
-            planned_peak_bytes=predicted.peak_bytes,
+            loss_before=None if before is None else before.loss,
+            loss_after=None if after is None else after.loss,
+            loss_change=None if change is None else change.to_dict(),
+            peak_memory_bytes=self.tally.peak_bytes,
+            planned_peak_bytes=predicted.counted_peak_bytes,
             trained_parameters=sum(p.numel() for p in self.parameters.values()),
             resumed_from=resumed,
             notices=tuple(self.notices),
         )
-        self.folder.keep_weights(self.base, self.config)
-        self.folder.write_receipt(
-            {
-                "result": result.to_dict(),
-                "config": self.config.model_dump(mode="json"),
-                "versions": versions(),
-                "data": self.data.fingerprint,
-                "base_fingerprint": self.base.fingerprint,
-                "plan": predicted.to_dict(),
-            }
+        outcome = Outcome(
+            result.to_dict(),
+            self.tally.tokens,
+            tuple(self.tally.resumed_after),
+            self._became(predicted),
+            before,
+            after,
+            change,
+        )
+        self.folder.keep_weights(
+            self.base,
+            self.config,
+            receipt_of(self.config, origin, self.base, self.data, predicted, outcome),
         )
         self.report.event("finished", **result.to_dict())
         try:
@@ -346,21 +355,18 @@ class Run:
         batches = in_batches(rows, budget_tokens=self.evaluation_tokens)
         return evaluate_loss(self.base, read_by(batches, adapter))
 
-    def _change(self) -> dict[str, Any] | None:
-        """Held-out loss before and after on the same rows, with the interval of the difference."""
-        after = self._loss_report(self.slot)
-        if after is None:
-            return None
-        told: dict[str, Any] = {
-            "before": self.loss_before,
-            "after": after.loss,
-            "rows": len(after.sources),
+    def _became(self, predicted: Plan) -> dict[str, Any]:
+        """What the settings that leave the choice to the run were settled to."""
+        return {
+            "base.device": str(self.base.device),
+            "base.dtype": str(self.base.dtype).removeprefix("torch."),
+            "data.template": self.data.renderer.template,
+            "train.gradient_checkpointing": predicted.recompute,
+            "train.max_steps": self.total_steps,
+            "train.warmup_steps": warmup_steps(self.config.train, self.total_steps),
+            "train.eval_steps": self.eval_every,
+            "train.save_steps": self.save_every,
         }
-        if self.slot is not None:
-            before = self._loss_report(None)
-            assert before is not None
-            told["difference"] = paired(before, after).to_dict()
-        return told
 
 
 def data_size(data: Prepared) -> DataSize:
@@ -378,13 +384,6 @@ def day_of(folder: RunFolder) -> str | None:
 def stop_id(base: BaseModel) -> int | None:
     """What ends a document where the template names nothing: the model's own first stop token."""
     return base.stop_ids[0] if base.stop_ids else None
-
-
-def versions() -> dict[str, str]:
-    """Versions a reader needs to repeat a run."""
-    names = ("torch", "transformers", "tokenizers", "safetensors")
-    ours = {"python": platform.python_version(), "pennyweight": __version__}
-    return ours | {name: version(name) for name in names}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,27 +1,24 @@
-"""The model card written beside an adapter: what the Hub and a reader want to know of it."""
+"""The model card of an adapter that no run stands behind, and the front matter of every card."""
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pennyweight.config import public_name
 
 if TYPE_CHECKING:
     from pennyweight.lora.adapter import Adapter
 
-__all__ = ["card"]
+__all__ = ["card", "front_matter", "in_code"]
 
 
 def card(adapter: Adapter) -> str:
-    """Markdown with YAML front matter; JSON strings are YAML strings, so no name can break out."""
-    base = " ".join(adapter.base_name.split()) or "an unnamed base"
+    """Markdown with YAML front matter, from what the adapter itself knows."""
+    base = _one_line(public_name(adapter.base_name)) or "an unnamed base"
     quantization = adapter.about.get("base_quantization")
-    front = ["---", "library_name: peft", "tags: [lora, pennyweight]"]
-    front.append(f"base_model: {json.dumps(base)}")
     lines = [
-        *front,
-        "---",
-        "",
-        f"# A LoRA adapter for {base}",
+        front_matter(library_name="peft", tags=["lora", "pennyweight"], base_model=base),
+        f"# A LoRA adapter for {in_code(base)}",
         "",
         f"Rank {adapter.config.r}, alpha {adapter.config.lora_alpha:g}, {adapter.parameters:,} trained parameters "
         f"beside {len(adapter.factors)} modules.",
@@ -32,6 +29,24 @@ def card(adapter: Adapter) -> str:
         lines.append(f"Trained beside the base held as {quantization}.")
     lines += [
         "",
-        f"Base fingerprint: `{adapter.base_fingerprint}`. Load it with PEFT, or with `pennyweight chat`.",
+        f"Base fingerprint: `{adapter.base_fingerprint}`. Load it with PEFT, or merge it with "
+        "`pennyweight merge`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def front_matter(**fields: Any) -> str:
+    """The YAML block that the Hub reads; what is None or empty is left out."""
+    from huggingface_hub import ModelCardData
+
+    known = {name: value for name, value in fields.items() if value}
+    return f"---\n{ModelCardData(**known).to_yaml()}\n---\n"
+
+
+def in_code(text: str) -> str:
+    """A name as inline code of Markdown, which it cannot break out of."""
+    return f"`{_one_line(text).replace('`', '')}`"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

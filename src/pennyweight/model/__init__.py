@@ -3,6 +3,7 @@
 from pennyweight.model.folder import (
     find_folder,
     fingerprint,
+    license_of,
     load_tokenizer,
     read_config,
     weight_files,
@@ -16,6 +17,7 @@ __all__ = [
     "Head",
     "find_folder",
     "fingerprint",
+    "license_of",
     "load_base",
     "load_tokenizer",
     "read_config",

@@ -19,6 +19,7 @@ __all__ = [
     "find_folder",
     "fingerprint",
     "first_line",
+    "license_of",
     "load_tokenizer",
     "read_config",
     "read_settings",
@@ -26,7 +27,16 @@ __all__ = [
     "weight_files",
 ]
 
-READABLE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+READABLE = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+)
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"[A-Za-z0-9_][\w.-]*\.safetensors")
 SAMPLE_BYTES = 4096
@@ -117,6 +127,22 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise
     except Exception as fault:  # a stranger's values may trip any of the library's hundred classes
         raise ModelError(f"{path}: transformers cannot read it ({first_line(fault)})") from fault
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """What the front matter of the folder's model card says of its licence, as far as it says it.
+
+    Keys: `license`, `license_name`, `license_link`; none where there is no card.
+    """
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    try:
+        told = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
+    fields = ("license", "license_name", "license_link")
+    return {key: told[key] for key in fields if isinstance(told.get(key), str)}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

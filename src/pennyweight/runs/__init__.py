@@ -6,11 +6,13 @@ from pennyweight.runs.folder import HeldOut, RunFolder, adapter_slot
 from pennyweight.runs.measure import evaluate_run, measure
 from pennyweight.runs.merging import MeasuredMerge, merge_adapter, merge_folder, merge_run
 from pennyweight.runs.parity.run import parity_of_run
+from pennyweight.runs.receipt import Outcome, receipt_of, versions
 
 __all__ = [
     "ChatSession",
     "HeldOut",
     "MeasuredMerge",
+    "Outcome",
     "RunFolder",
     "adapter_slot",
     "benchmark",
@@ -21,4 +23,6 @@ __all__ = [
     "merge_run",
     "open_chat",
     "parity_of_run",
+    "receipt_of",
+    "versions",
 ]

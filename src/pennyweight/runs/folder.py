@@ -24,10 +24,12 @@ from pennyweight.errors import ConfigError, DiskError
 from pennyweight.files import whole
 from pennyweight.lora import Adapter, adapter_of, attach, described
 from pennyweight.model import BaseModel, load_base
+from pennyweight.runs.card import run_card
 from pennyweight.runs.dressing import EXPORTED, dress
 from pennyweight.runs.parity import compared
+from pennyweight.runs.receipt import SCHEMA_VERSION
 
-TEMPLATE = "template.jinja"
+TEMPLATE, RECEIPT = "template.jinja", "receipt.json"
 
 __all__ = ["HeldOut", "RunFolder", "adapter_slot"]
 
@@ -168,28 +170,40 @@ class RunFolder:
         kept = self.path / TEMPLATE
         return data.model_copy(update={"template": str(kept)}) if kept.is_file() else data
 
-    def write_receipt(self, receipt: Mapping[str, Any]) -> None:
-        self._write("receipt.json", json.dumps(receipt, indent=2, default=str) + "\n")
-
-    def keep_weights(self, base: BaseModel, config: RunConfig) -> None:
-        """Write what was trained: an adapter in PEFT's layout, or a whole Hugging Face folder."""
+    def keep_weights(self, base: BaseModel, config: RunConfig, receipt: Mapping[str, Any]) -> None:
+        """Write what was trained, an adapter in PEFT's layout or a whole Hugging Face folder, with
+        its model card; and the receipt beside it and in the run's folder."""
+        text = json.dumps(receipt, indent=2, allow_nan=False) + "\n"
         if config.train.method != "full":
             kept = adapter_of(base, "default", config.adapter)
             held = {
                 "base_quantization": config.base.quantization,
                 "base_double_quantization": config.base.double_quantization,
             }
-            described(kept, base, **held).save(self.adapter)
+            described(kept, base, **held).save(self.adapter, card=run_card(receipt))
             template = self.renderer(base.tokenizer).exported_template()
             if template is not None:  # whoever takes the adapter alone has to know it
                 (self.adapter / EXPORTED).write_text(template, encoding="utf-8")
-            return
-        partial = self.path / ".model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        base.write_folder(partial)
-        dress(partial, self.renderer(base.tokenizer))
-        shutil.rmtree(self.model, ignore_errors=True)
-        partial.replace(self.model)
+            self._write(f"{self.adapter.name}/{RECEIPT}", text)
+        else:
+            partial = self.path / ".model.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            base.write_folder(partial)
+            dress(partial, self.renderer(base.tokenizer))
+            (partial / "README.md").write_text(run_card(receipt), encoding="utf-8")
+            (partial / RECEIPT).write_text(text, encoding="utf-8")
+            shutil.rmtree(self.model, ignore_errors=True)
+            partial.replace(self.model)
+        self._write(RECEIPT, text)
+
+    def receipt(self) -> dict[str, Any] | None:
+        """The receipt of a finished run; None where there is none of a schema that is known here."""
+        try:
+            found = json.loads((self.path / RECEIPT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        known = isinstance(found, dict) and found.get("schema_version") == SCHEMA_VERSION
+        return found if known else None
 
     def open(self, *, adapter: bool = True) -> tuple[RunConfig, BaseModel]:
         """The run's base, resident, with its adapter attached as `default` (or its tuned model)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,7 +12,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from pennyweight.config import BaseConfig, DataConfig, Quantization
+from pennyweight.config import (
+    BaseConfig,
+    DataConfig,
+    Quantization,
+    is_hub_id,
+    public,
+    public_name,
+)
 from pennyweight.data.chat import Renderer
 from pennyweight.data.conversation import Example
 from pennyweight.data.prepare import prepare
@@ -20,12 +27,14 @@ from pennyweight.errors import ConfigError
 from pennyweight.generate import Request, generate
 from pennyweight.lora import Adapter, attach
 from pennyweight.merge import Agreement, Onto
-from pennyweight.model import BaseModel, load_base
+from pennyweight.model import BaseModel, license_of, load_base
 from pennyweight.model.writing import whole_folder
 from pennyweight.report import plain
 from pennyweight.runs.candidates import Trial, trial, ways
+from pennyweight.runs.card import merged_card
 from pennyweight.runs.dressing import dress
-from pennyweight.runs.folder import RunFolder
+from pennyweight.runs.folder import RECEIPT, RunFolder
+from pennyweight.runs.receipt import versions
 
 __all__ = ["MeasuredMerge", "base_of", "merge_adapter", "merge_folder", "merge_run"]
 
@@ -85,6 +94,15 @@ class _Rows:
     are: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What a run knows of its adapter beside the weights: the rendering, which the merged folder then
+    speaks by, and the receipt."""
+
+    renderer: Renderer
+    receipt: Mapping[str, Any] | None
+
+
 def merge_run(
     folder: Path | str,
     out: Path | str,
@@ -113,12 +131,14 @@ def merge_run(
             f"{run.path}: method full tunes the whole model; it stands in {run.model}"
         )
     _, resident = run.open()
-    renderer = run.renderer(resident.tokenizer)
+    trained = _Trained(run.renderer(resident.tokenizer), run.receipt())
+    held = run.read_held_out()
     if data is None:
-        found = _Rows(run.read_held_out().rows[:rows], "the run's held-out rows")
+        found = _Rows(held.rows[:rows], "held-out rows of the run")
     else:
-        found = _rows_of(data, resident, rows, like=run.rendering(config.data))
-    return _merge(resident, Adapter.load(run.adapter), out, found, asked, renderer)
+        like, day = run.rendering(config.data), held.rendering.get("day")
+        found = _rows_of(data, resident, rows, like=like, day=day)
+    return _merge(resident, Adapter.load(run.adapter), out, found, asked, trained)
 
 
 def merge_adapter(
@@ -188,12 +208,15 @@ def base_of(
     return BaseConfig.model_validate(settings)
 
 
-def _rows_of(data: Path | str, base: BaseModel, most: int, *, like: DataConfig) -> _Rows:
-    """The first rows of a file, rendered as `like` says."""
+def _rows_of(
+    data: Path | str, base: BaseModel, most: int, *, like: DataConfig, day: str | None = None
+) -> _Rows:
+    """The first rows of a file, rendered as `like` says; `day` is what templates take for today."""
     config = like.model_copy(update={"train": str(data), "eval": None, "eval_fraction": 0.0})
     stop_id = base.stop_ids[0] if base.stop_ids else None
     # Nothing is trained on them, so the limits of training data do not hold.
-    rows = prepare(config, base.tokenizer, seed=0, stop_id=stop_id, limited=False).train
+    prepared = prepare(config, base.tokenizer, seed=0, stop_id=stop_id, limited=False, day=day)
+    rows = prepared.train
     return _Rows(rows[:most], f"rows of {Path(data).name}")
 
 
@@ -224,9 +247,8 @@ def _merge(
     out: Path | str,
     rows: _Rows,
     asked: _Asked,
-    renderer: Renderer | None = None,
+    trained: _Trained | None = None,
 ) -> MeasuredMerge:
-    """`renderer`: that of the training, which the folder then speaks by; None where it is unknown."""
     with whole_folder(out) as folder:
         if not len(rows.examples):
             asked.say("no rows to compare on: the adapter writes some itself")
@@ -240,13 +262,45 @@ def _merge(
             dtype=asked.dtype,
             say=asked.say,
         )
-        if renderer is not None:
-            dress(folder, renderer)
+        if trained is not None:
+            dress(folder, trained.renderer)
         report = _report(out, found, rows)
-        written = {"schema_version": SCHEMA_VERSION, **plain(report.to_dict())}
-        text = json.dumps(written, indent=2, allow_nan=False)
-        (folder / MERGE_FILE).write_text(text + "\n", encoding="utf-8")
+        _describe(folder, report, base, adapter, None if trained is None else trained.receipt)
     return report
+
+
+def _describe(
+    folder: Path,
+    report: MeasuredMerge,
+    base: BaseModel,
+    adapter: Adapter,
+    receipt: Mapping[str, Any] | None,
+) -> None:
+    """Write `merge.json`, the model card, and the run's receipt beside them; nothing private in any."""
+    told: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        **public(plain(report.to_dict()), {base.name: public_name(base.name)}),
+        "name": Path(report.folder).name,
+        "versions": versions(),
+        "base": {
+            "model": public_name(base.name),
+            "hub_id": base.name if is_hub_id(base.name) else None,
+            "fingerprint": base.fingerprint,
+            "quantization": base.quantization,
+            **license_of(base.folder),
+        },
+        "adapter": {"r": adapter.config.r, "parameters": adapter.parameters},
+    }
+    del told["folder"]
+    written = {MERGE_FILE: _json(told), "README.md": merged_card(told, receipt)}
+    if receipt is not None:
+        written[RECEIPT] = _json(receipt)
+    for name, text in written.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def _report(out: Path | str, found: Trial, rows: _Rows) -> MeasuredMerge:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pennyweight.config import RunConfig, Source
+from pennyweight.config.schema import RunConfig, Source
 
 __all__ = ["is_hub_id", "named_paths", "public", "public_config", "public_name"]
 
@@ -25,9 +25,11 @@ _TOKENS = re.compile(
     r"|(?<![\w@])[0-9a-f]{40}(?!\w)"
 )
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
-# From the root, from home or from a drive down to the last folder; never inside an address.
+# From the root, from home or from a drive down to the last folder; never inside an address or a
+# regular expression.
 _FOLDERS = re.compile(
-    r"(?<![\w:/.~\\-])(?:~|[A-Za-z]:)?[\\/](?:[^\s'\"`,;:|<>()\[\]{}\\/]+[\\/])+(?=[^\s\\/])"
+    r"(?<![\w:/.~\\*)\]-])(?:~?/(?:[^\s'\"`,;:|<>()\[\]{}\\/]+/)+"
+    r"|[A-Za-z]:[\\/](?:[^\s'\"`,;:|<>()\[\]{}\\/]+[\\/])+)(?=[^\s\\/])"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:@[\w./-]+)?")
 
