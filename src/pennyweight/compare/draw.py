@@ -143,7 +143,8 @@ def _ranges(found: Comparison, canvas: Any) -> None:
     axes.set_ylim(top=top + 0.04 * (highest - min(losses)))
     axes.set_xlabel("peak learning rate (ring: chosen, cross: unstable)", color=FAINT, fontsize=9)
     axes.set_ylabel("nats a token", color=FAINT, fontsize=9)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(found.ranges) > 5 else {}
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, **beside)
     quieten(axes)
 
 
@@ -187,7 +188,7 @@ def _effective_ranks(found: Comparison, canvas: Any) -> None:
     grids = [_by_layer(arm) for arm in arms]
     layers = max(len(row) for grid in grids for row in grid.values())
     kinds = max(len(grid) for grid in grids)
-    width = max(2.6, 0.3 * layers)
+    width = min(4.0, max(2.6, 0.3 * layers))
     canvas.set_size_inches(1.6 + across * width, 1.2 + down * (0.7 + 0.3 * kinds))
     panels = canvas.subplots(down, across, squeeze=False, sharey=True)
     _title(canvas, "Effective rank of B·A, as a share of the rank")
