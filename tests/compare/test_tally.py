@@ -63,4 +63,7 @@ def test_answers_are_shares() -> None:
     assert figure.by_seed == (0.75, 0.5)
     assert figure.mean == 0.625
     assert answered([None, None]) is None
+    none_right = answered([{"right": [0.0] * 60}, {"right": [0.0] * 60}])
+    assert none_right is not None
+    assert none_right.documents == pytest.approx((0, 0.0602), abs=1e-4)  # Wilson, 0 of 60
     assert over_seeds([1.0, 3.0]).mean == 2

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from pennyweight.evaluate import Interval, bootstrap, student
+from pennyweight.evaluate import Interval, bootstrap, student, wilson
 
 __all__ = ["Figure", "answered", "forgotten", "kept", "loss"]
 
@@ -74,8 +74,13 @@ def answered(runs: Sequence[Mapping[str, Any] | None]) -> Figure | None:
     if not told:
         return None
     sums = np.sum(told, axis=0)
-    counts = np.full(len(sums), float(len(told)))
-    return _figure(sums, counts, [math.fsum(run) / len(run) for run in told])
+    figure = _figure(
+        sums, np.full(len(sums), float(len(told))), [math.fsum(run) / len(run) for run in told]
+    )
+    if len(told) == 1 or figure.mean in (0, 1):
+        # Drawn again, answers that are all alike stay alike: that is no certainty.
+        return replace(figure, documents=wilson(round(figure.mean * len(sums)), len(sums)))
+    return figure
 
 
 def over_seeds(values: Sequence[float]) -> Figure:
