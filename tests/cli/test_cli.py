@@ -167,11 +167,15 @@ def test_a_full_disk_is_74_and_names_the_file(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_command_prepares_is_75(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    said = f"{number.name}: nothing was begun"
-    with pytest.raises(errors.Interrupted, match=said), ending.not_begun():
-        os.kill(os.getpid(), number)
-    assert signal.getsignal(number) == before
+    # A shell's background jobs begin with SIGINT ignored, and it stays so.
+    started_with = signal.signal(number, signal.default_int_handler)
+    try:
+        said = f"{number.name}: nothing was begun"
+        with pytest.raises(errors.Interrupted, match=said), ending.not_begun():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, started_with)
 
 
 def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
