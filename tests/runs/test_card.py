@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from pennyweight.config import RunConfig
 from pennyweight.finetune import finetune
 from pennyweight.lora import Adapter
-from pennyweight.model import license_of
+from pennyweight.model import license_of, load_tokenizer
 from pennyweight.runs import RunFolder, merge_run
 from pennyweight.runs.card import merged_card, run_card
 from pennyweight.runs.receipt import SCHEMA_VERSION
@@ -175,7 +175,7 @@ def test_no_secret_and_no_path_is_published(description, rows, tmp_path, monkeyp
             assert private_text not in text, (path, private_text)
     receipt = run.receipt()
     assert receipt["data"]["train"] == ["rows.jsonl"]
-    assert "A system message that is not shown here" in (run.adapter / "README.md").read_text()
+    assert "A system message opened every conversation" in (run.adapter / "README.md").read_text()
 
 
 def test_a_finished_run_looked_at_again_keeps_its_peak_and_a_resumed_one_says_so(
@@ -250,23 +250,23 @@ def test_what_vllm_takes(receipt, adapter, says):
     assert "not what the adapter was trained beside (nf4)" in quantized
 
 
-@pytest.mark.parametrize(
-    ("rendering", "code"),
-    [
-        ({"template": "plain", "prompt_suffix": "\n", "bos_id": 1}, r'[1] + tokenizer.encode("Your question\n"'),
-        ({"template": "turns", "bos_id": None}, r'[] + tokenizer.encode("User:\nYour question'),
-        ({"template": "chatml"}, r'tokenizer.encode("<|im_start|>user\nYour question<|im_end|>'),
-        ({"template": "mine.jinja"}, "by the template mine.jinja in training: write that here"),
-        ({"notes": ["enable_thinking is False"]}, "return_dict=False, enable_thinking=False"),
-        ({"bos_id": 7}, "if prompt[0] != 7:\n    prompt = [7, *prompt]"),
-    ],
-)  # fmt: skip
-def test_prompts_are_made_as_in_training(receipt, rendering, code):
-    rendering = {**receipt["data"]["rendering"], **rendering}
-    text = run_card(changed(receipt, data={"rendering": rendering}))
-    assert code in text
-    for each in blocks(text, "python"):
-        compile(each, "README.md", "exec")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_prompts_are_made_as_in_training(description, tiny_llama_folder, template):  # noqa: F811
+    """The tokenizer's template is another one here: the card loads the one that stands in the folder."""
+    pytest.importorskip("peft")
+    config = description(method="lora", max_steps=1)
+    data = {"template": template, "prompt_suffix": " =>" if template == "plain" else ""}
+    config = config.model_copy(update={"data": config.data.model_copy(update=data)})
+    run = RunFolder(Path(finetune(config).output_dir))
+    card = (run.adapter / "README.md").read_text()
+    places = {"this/folder": run.adapter, tiny_llama_folder.name: tiny_llama_folder}
+    ours, theirs = (code + "print(prompt)\n" for code in blocks(card, "python"))
+    said = pasted(ours, **places)
+    assert pasted(theirs, **places) == said
+    renderer = run.renderer(load_tokenizer(str(tiny_llama_folder)))
+    trained = renderer.prompt([{"role": "user", "content": "Your question"}])
+    assert said.splitlines()[-1] == str(list(trained))
 
 
 def test_a_run_without_held_out_rows_says_that_nothing_was_measured(receipt):

@@ -149,7 +149,10 @@ def _data(receipt: Mapping[str, Any]) -> list[str]:
         f"`{data['fingerprint']}`."
     )
     if rendering["system_message"]:
-        told += " A system message that is not shown here opened every conversation without one."
+        told += (
+            " A system message opened every conversation without one; it stands in "
+            "`chat_template.jinja`."
+        )
     return ["## What it was trained on", told]
 
 

@@ -138,7 +138,7 @@ def _data(config: RunConfig, data: Prepared) -> dict[str, Any]:
     sources = {name: _paths(getattr(config.data, name)) for name in ("train", "eval")}
     rendering = {
         **data.renderer.describe(),
-        "prompt_suffix": config.data.prompt_suffix,
+        "exported": data.renderer.exported_template() is not None,
         "system_message": config.data.system is not None,
     }
     return {

@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from pennyweight.runs.dressing import EXPORTED
+
 __all__ = ["adapter_usage", "whole_usage"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -31,14 +33,14 @@ base = pw.load_base(
 )
 pw.attach(base, pw.Adapter.load("{HERE}"), name="tuned", trainable=False)
 tokenizer = base.tokenizer
-{_prompt(receipt)}
+{_prompt(receipt, whole=False)}
 request = pw.Request(tuple(prompt), max_new_tokens=128, stop_ids={_stops(receipt)}, adapter="tuned")
 print(tokenizer.decode(pw.generate(base, [request])[0].ids))
 """
     theirs = f"""
 {_loaded(base)}
 model = PeftModel.from_pretrained(model, "{HERE}")
-{_prompt(receipt)}
+{_prompt(receipt, whole=False)}
 {_generated(receipt)}
 """
     return [
@@ -56,7 +58,7 @@ def whole_usage(receipt: Mapping[str, Any]) -> list[str]:
         prompt = 'prompt = tokenizer("Your question")["input_ids"]'
         generated = _GENERATE.format(stops="")
     else:
-        prompt, generated = _prompt(receipt), _generated(receipt)
+        prompt, generated = _prompt(receipt, whole=True), _generated(receipt)
     theirs = f"""
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -133,29 +135,22 @@ def _loaded(base: Mapping[str, Any]) -> str:
     )
 
 
-def _prompt(receipt: Mapping[str, Any]) -> str:
-    """Lines that make `prompt`, the ids that training saw before an answer."""
-    rendering = receipt["data"]["rendering"]
-    if rendering["template"] == "tokenizer":
-        switch = next((n for n in rendering["notes"] if n.startswith("enable_thinking is ")), "")
-        thinking = f", enable_thinking={switch.split()[-1]}" if switch else ""
-        bos = rendering["bos_id"]
-        return (
-            'chat = [{"role": "user", "content": "Your question"}]\n'
-            "prompt = tokenizer.apply_chat_template(\n"
-            f"    chat, add_generation_prompt=True, return_dict=False{thinking}\n)"
-            + ("" if bos is None else f"\nif prompt[0] != {bos}:\n    prompt = [{bos}, *prompt]")
-        )
-    bos = [] if rendering["bos_id"] is None else [rendering["bos_id"]]
-    named, suffix = rendering["template"], rendering["prompt_suffix"]
-    text = {
-        "turns": "User:\nYour question\n\nAssistant:\n",
-        "chatml": "<|im_start|>user\nYour question<|im_end|>\n<|im_start|>assistant\n",
-    }.get(named, "Your question" + suffix)
-    known = named in ("plain", "turns", "chatml")
-    remark = "as in training" if known else f"by the template {named} in training: write that here"
-    ids = f"tokenizer.encode({json.dumps(text)}, add_special_tokens=False)"
-    return f"# Rendered {remark}.\nprompt = {bos} + {ids}"
+def _prompt(receipt: Mapping[str, Any], *, whole: bool) -> str:
+    """Lines that make `prompt`, the ids that training saw before an answer.
+
+    Where the tokenizer's own template does not give them, one that does stands in the folder; a
+    `whole` model's tokenizer finds it by itself.
+    """
+    lines = [
+        'chat = [{"role": "user", "content": "Your question"}]',
+        "prompt = tokenizer.apply_chat_template(",
+        "    chat, add_generation_prompt=True, return_dict=False",
+        ")",
+    ]
+    if receipt["data"]["rendering"]["exported"] and not whole:
+        read = f'with open("{HERE}/{EXPORTED}", encoding="utf-8") as file:'
+        lines = [read, "    tokenizer.chat_template = file.read()", *lines]
+    return "\n".join(lines)
 
 
 _GENERATE = """ids = model.generate(torch.tensor([prompt], device=model.device), max_new_tokens=128{stops})
