@@ -129,8 +129,36 @@ CAMPAIGNS: tuple[Campaign, ...] = (
         "hostile-adapters",
         "damaged, absurd and malicious adapters: a refusal of ours within a second, nothing run or written",
         200,
-        40,
+        20,
         "campaigns.untrusted.adapters:run",
+    ),
+    Campaign(
+        "wrong-base",
+        "another base of the same shapes: refused, in under 2 s for 1 GB",
+        21,
+        2,
+        "campaigns.untrusted.bases:run",
+    ),
+    Campaign(
+        "hostile-rows",
+        "lines gone wrong in every format: rows, or faults named by file and line",
+        100000,
+        2400,
+        "campaigns.untrusted.rows:run",
+    ),
+    Campaign(
+        "flat-memory",
+        "memory while rows are read does not grow with the file",
+        4,
+        4,
+        "campaigns.untrusted.rows:flat",
+    ),
+    Campaign(
+        "hostile-templates",
+        "chat templates that loop, swell or reach for Python: refused within 1.5 s",
+        500,
+        120,
+        "campaigns.untrusted.templates:run",
     ),
 )
 

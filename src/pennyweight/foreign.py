@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "DECODER",
     "ForeignError",
     "StoredTensor",
     "file_in",
     "read_json",
     "read_text",
+    "refuse_surrogates",
     "stored_tensors",
     "strict_json",
 ]

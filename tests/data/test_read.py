@@ -243,3 +243,85 @@ def test_any_json_is_a_conversation_or_refused(row: object, form: str) -> None:
             assert str(refused)  # noqa: PT017 (some rows raise nothing)
         else:
             assert conversation.messages
+
+
+def test_a_json_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pennyweight.data import read
+
+    monkeypatch.setattr(read, "_CHUNK_BYTES", 7)
+    path = tmp_path / "a.json"
+    rows = [{"text": "é" * n, "n": 10**n} for n in range(12)]
+    path.write_text("[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n]")
+    assert rows_of(path) == [(f"a.json:{n + 2}", row) for n, row in enumerate(rows)]
+    path.write_text("[12345678901,\n 2.5e10, -3]\n")
+    assert [row for _, row in rows_of(path)] == [12345678901, 2.5e10, -3]
+    path.write_text('[{"a": 1},\n{"a": 1, "a": 2}]')
+    assert faults_of(path).startswith("a.json:2: a: the key stands twice")
+    path.write_bytes(b'[{"a": "\xff"}]')
+    assert "not UTF-8" in faults_of(path)
+
+
+def test_no_line_or_document_is_past_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pennyweight.data import read
+
+    monkeypatch.setattr(read, "_LINE_LIMIT_BYTES", 2**20)
+    for name, text in (
+        ("a.csv", "a,b\n" + "," * 2**21),
+        ("a.txt", "a\n\nb\n" + "word\n" * 2**18),
+        ("a.jsonl", "a" * 2**21),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match="1 MiB"):
+            rows_of(tmp_path / name)
+
+
+def test_parquet_that_is_not_what_it_says(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    bad = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": bad}), path)
+    assert "a.parquet" in faults_of(path)
+    parquet.write_table(pyarrow.Table.from_arrays([["a"], ["b"]], names=["t", "t"]), path)
+    assert "two columns" in faults_of(path)
+
+
+def test_messages_in_a_circle_are_not_lost(tmp_path: Path) -> None:
+    from pennyweight.data.read import Row
+    from pennyweight.data.trees import grown
+
+    rows = [
+        Row("a:1", {"message_id": "a", "parent_id": "b"}),
+        Row("a:2", {"message_id": "b", "parent_id": "a"}),
+        Row("a:3", {"message_id": ["x"], "parent_id": None}),
+    ]
+    faults = Faults()
+    assert grown(rows, faults) == []
+    assert faults.count == 3
+    with pytest.raises(DataError, match="own forebear"):
+        faults.raise_any()
+
+
+def test_a_message_that_takes_anothers_id_is_not_its_own_reply() -> None:
+    """A message that answers itself, and a root with its id: reading the tree never ended."""
+    from pennyweight.data.read import Row
+    from pennyweight.data.trees import grown
+
+    own = {"message_id": "a", "parent_id": "a", "role": "prompter", "text": "x"}
+    faults = Faults()
+    rows = [Row("a:1", own), Row("a:2", {**own, "parent_id": None})]
+    assert grown(rows, faults) == []
+    assert faults.count == 2
+    deep = [Row("b:0", {"message_id": "0", "parent_id": None})]
+    deep += [Row(f"b:{n}", {"message_id": str(n), "parent_id": str(n - 1)}) for n in range(1, 5000)]
+    faults = Faults()
+    assert len(grown(deep, faults)) == 1
+    assert faults.count == 0
+
+
+def test_replies_are_a_list() -> None:
+    row = {"role": "prompter", "text": "a", "replies": 5}
+    with pytest.raises(RowRefusedError, match="replies: 5; expected a list"):
+        as_conversation(row, "a:1", "openassistant")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-NAMES = ["hostile-adapters"]
+NAMES = ["hostile-adapters", "wrong-base", "hostile-rows", "flat-memory", "hostile-templates"]
 
 
 @pytest.mark.parametrize("name", NAMES)

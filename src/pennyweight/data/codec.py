@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pennyweight.errors import DataError
@@ -14,6 +15,19 @@ __all__ = ["Codec"]
 _GUARDS = ("\n", ":", "a", ".", "\n\n", "1")
 _CACHE_ENTRIES = 4096
 _CACHE_CHARS = 512
+
+
+@contextmanager
+def _panics_as_faults() -> Iterator[None]:
+    """The tokenizers library panics, with what is no Exception, on an expression that takes too long."""
+    try:
+        yield
+    except BaseException as fault:
+        if type(fault).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"the tokenizer gave up on a text ({str(fault)[:120]}); its tokenizer.json is not fit for use"
+        ) from None
 
 
 class Codec:
@@ -50,13 +64,15 @@ class Codec:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """`tokenizers.Encoding`s with character offsets, on all cores."""
-        encodings: list[Any] = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        with _panics_as_faults():
+            encodings: list[Any] = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return encodings
 
     def ids(self, text: str) -> list[int]:
         if (known := self._short.get(text)) is not None:
             return known
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with _panics_as_faults():
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         if len(text) <= _CACHE_CHARS and len(self._short) < _CACHE_ENTRIES:
             self._short[text] = ids
         return ids

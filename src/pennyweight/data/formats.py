@@ -191,7 +191,10 @@ def _openassistant(row: Mapping[str, Any], source: str) -> Conversation:
                 f"{field}: {found_text(node.get(field))}; expected a message of a tree"
             )
         messages.append(Message(role, text))
-        replies = [r for r in node.get("replies") or [] if _is_live(r)]
+        given = node.get("replies") or []
+        if not isinstance(given, list):
+            raise RowRefusedError(f"replies: {found_text(given)}; expected a list of messages")
+        replies = [r for r in given if _is_live(r)]
         ranked = sorted(replies, key=lambda r: r["rank"] if r.get("rank") is not None else 1e9)
         node = ranked[0] if ranked else None
     while messages and messages[-1].role != "assistant":

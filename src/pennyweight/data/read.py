@@ -1,16 +1,18 @@
 """Files to raw rows, each with the place it came from; what is wrong is collected, named by line.
 
-JSON Lines, CSV, TSV, text and Parquet are read in a stream, so memory does not grow with the file;
-a JSON array is held whole. `.gz` of any of them is read through.
+Every format is read in a stream, so memory does not grow with the file; no line, row or document
+is longer than 64 MiB. `.gz` of any of them is read through.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.errors import DataError
+from pennyweight.foreign import DECODER, refuse_surrogates, strict_json
 
 __all__ = ["Faults", "Row", "data_files", "nearest", "read_rows", "suffix_of"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 _Bytes = io.BufferedReader | gzip.GzipFile
 _LINE_LIMIT_BYTES = 64 * 2**20
+_CHUNK_BYTES = 2**20
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _NOT_TEXT = {"license.txt", "source.txt", "readme.txt", "readme.md", "notice.txt"}
 _SHOWN_FAULTS = 20
@@ -55,7 +59,7 @@ class Faults:
             raise DataError.all([*self._shown, *([f"and {more:,} more"] if more else [])])
 
 
-def nearest(word: str, known: Iterator[str] | list[str] | tuple[str, ...]) -> str:
+def nearest(word: object, known: Iterator[str] | list[str] | tuple[str, ...]) -> str:
     """`; did you mean "assistant"?`, or nothing where nothing is near."""
     close = get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
@@ -113,7 +117,7 @@ def read_rows(path: Path, faults: Faults, *, name: str | None = None) -> Iterato
         with _opened(path) as file:
             _refuse_utf16(file, shown)
             yield from reader(file, shown, faults)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
@@ -156,7 +160,7 @@ def _json_lines(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            yield Row(f"{shown}:{number}", _parsed(line))
+            yield Row(f"{shown}:{number}", strict_json(line))
         except ValueError as error:
             faults.add(f"{shown}:{number}", _why(error))
 
@@ -172,12 +176,9 @@ def _json(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
         yield from _json_lines(file, shown, faults)
         return
     try:
-        text = file.read().decode("utf-8-sig")
+        yield from _array(file, shown, faults)
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        faults.add(f"{shown}:{line}", _not_utf8(error))
-        return
-    yield from _array(text, shown, faults)
+        faults.add(shown, _not_utf8(error))
 
 
 def _is_json_line(line: bytes, *, has_more: bool) -> bool:
@@ -190,71 +191,82 @@ def _is_json_line(line: bytes, *, has_more: bool) -> bool:
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _array(text: str, shown: str, faults: Faults) -> Iterator[Row]:
-    """The elements of `[a, b, …]`, each with the line it begins on."""
-    at, line, counted = _SPACE.match(text, text.index("[") + 1).end(), 1, 0  # type: ignore[union-attr]
-    while at < len(text) and text[at] != "]":
-        line += text.count("\n", counted, at)
-        counted = at
+class _Window:
+    """A file's text, seen through a window that moves: what is parsed is let go."""
+
+    def __init__(self, file: _Bytes) -> None:
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.more()
+
+    def more(self) -> bool:
+        """Widen the window to at least twice what is left in it; False at the file's end."""
+        if self.ended:
+            return False
+        wanted = max(_CHUNK_BYTES, len(self.text) - self.at)
+        chunk = self._file.read(wanted)
+        self.ended = not chunk
+        self.line += self.text.count("\n", 0, self.at)
+        self.text = self.text[self.at :] + self._decoder.decode(chunk, final=self.ended)
+        self.at = 0
+        return not self.ended
+
+    def character(self) -> str:
+        """The next character that is no space, "" at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+    def here(self, at: int | None = None) -> int:
+        """The line of a place in the window."""
+        return self.line + self.text.count("\n", 0, self.at if at is None else at)
+
+    def value(self) -> Any:
+        """The JSON value that begins here, whole; ValueError where it is none."""
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+                # A number may go on behind the window.
+                if end < len(self.text) or not self.more():
+                    break
+            except json.JSONDecodeError:
+                if len(self.text) - self.at > _LINE_LIMIT_BYTES or not self.more():
+                    raise
+        refuse_surrogates(value, self.text[self.at : end])
+        self.at = end
+        return value
+
+
+def _array(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
+    """The elements of `[a, b, …]`, each with the line it begins on; one at a time in memory."""
+    window = _Window(file)
+    window.character()
+    window.at += 1  # the bracket
+    while (first := window.character()) not in ("", "]"):
+        line = window.here()
         try:
-            value, at = _DECODER.raw_decode(text, at)
-            _refuse_surrogates(value, text[counted:at])
-            yield Row(f"{shown}:{line}", value)
+            value = window.value()
         except (ValueError, RecursionError) as error:
-            place = f"{shown}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else None
-            faults.add(place or f"{shown}:{line}", _why(error))
+            at = error.pos if isinstance(error, json.JSONDecodeError) else None
+            faults.add(f"{shown}:{window.here(at)}", _why(error))
             return
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-        if text[at : at + 1] == ",":
-            at = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
-        elif text[at : at + 1] != "]":
-            line += text.count("\n", counted, at)
-            faults.add(f"{shown}:{line}", 'expected "," or "]" after a row')
+        yield Row(f"{shown}:{line}", value)
+        first = window.character()
+        if first == ",":
+            window.at += 1
+        elif first not in ("", "]"):
+            faults.add(f"{shown}:{window.here()}", 'expected "," or "]" after a row')
             return
-    if at >= len(text):
-        faults.add(f"{shown}:{line}", 'the list is not closed; is the file cut off? expected "]"')
-    elif text[at + 1 :].strip():
-        faults.add(f"{shown}:{line}", "more text after the list's end")
-
-
-class _StrictError(ValueError):
-    """JSON that Python would take and that is not plain JSON."""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise _StrictError(f"{double}: the key stands twice in one object; keep one")
-    return row
-
-
-def _no_constant(name: str) -> None:
-    raise _StrictError(f"{name} is not JSON; write null or a number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-
-
-def _parsed(line: str) -> Any:
-    try:
-        value = _DECODER.decode(line)
-    except RecursionError as error:
-        raise _StrictError("nested too deeply") from error
-    _refuse_surrogates(value, line)
-    return value
-
-
-def _refuse_surrogates(value: Any, text: str) -> None:
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = ord(error.object[error.start])
-            raise _StrictError(
-                f"half of a surrogate pair (\\u{code:04x}) is not a character; remove it"
-            ) from error
+    if first == "":
+        faults.add(
+            f"{shown}:{window.here()}", 'the list is not closed; is the file cut off? expected "]"'
+        )
+        return
+    window.at += 1
+    if window.character():
+        faults.add(f"{shown}:{window.here()}", "more text after the list's end")
 
 
 def _why(error: Exception) -> str:
@@ -262,13 +274,16 @@ def _why(error: Exception) -> str:
         return f"column {error.colno}: not JSON: {error.msg}"
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return _not_utf8(error)
     return str(error)
 
 
 def _csv(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     csv.field_size_limit(_LINE_LIMIT_BYTES)
-    reader = csv.reader(text, delimiter="\t" if ".tsv" in shown.lower() else ",", strict=True)
+    reader = csv.reader(
+        _csv_lines(file, shown), delimiter="\t" if ".tsv" in shown.lower() else ",", strict=True
+    )
     names: list[str] | None = None
     try:
         for values in reader:
@@ -291,25 +306,41 @@ def _csv(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
     except csv.Error as error:
         faults.add(f"{shown}:{reader.line_num}", f"not CSV: {error}")
     except UnicodeDecodeError as error:
-        faults.add(f"{shown}:{reader.line_num + 1}", f"near here: {_not_utf8(error)}")
-    finally:
-        text.detach()
+        faults.add(f"{shown}:{reader.line_num + 1}", _not_utf8(error))
+
+
+def _csv_lines(file: _Bytes, shown: str) -> Iterator[str]:
+    """Lines with their ends, as the csv module wants them; none is longer than memory can bear."""
+    number = 0
+    while line := file.readline(_LINE_LIMIT_BYTES):
+        number += 1
+        if len(line) == _LINE_LIMIT_BYTES:
+            raise DataError(
+                f"{shown}:{number}: longer than {_LINE_LIMIT_BYTES >> 20} MiB; split it"
+            )
+        yield (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode("utf-8")
 
 
 def _text(file: _Bytes, shown: str, faults: Faults) -> Iterator[Row]:
     """Paragraphs apart by blank lines are documents; in a file without blank lines, each line is."""
     start = file.peek(1 << 20).replace(b"\r\n", b"\n")
     by_line = re.search(rb"\n[ \t]*\n[ \t]*\S", start) is None
-    begun, held = 0, []
+    begun, chars, held = 0, 0, []
     for number, line in _lines(file, shown, faults):
         if line.strip() and not by_line:
             begun = begun or number
             held.append(line)
+            chars += len(line)
+            if chars > _LINE_LIMIT_BYTES:
+                raise DataError(
+                    f"{shown}:{begun}: a document of more than {_LINE_LIMIT_BYTES >> 20} MiB; put "
+                    "blank lines between documents"
+                )
         elif line.strip():
             yield Row(f"{shown}:{number}", {"text": line})
         elif held:
             yield Row(f"{shown}:{begun}", {"text": "\n".join(held)})
-            begun, held = 0, []
+            begun, chars, held = 0, 0, []
     if held:
         yield Row(f"{shown}:{begun}", {"text": "\n".join(held)})
 
@@ -324,10 +355,15 @@ def _parquet(path: Path, shown: str, faults: Faults) -> Iterator[Row]:
         ) from error
     try:
         with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                double = next(n for n in names if names.count(n) > 1)
+                faults.add(shown, f"{double}: two columns have this name; rename one")
+                return
             number = 0
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(f"{shown}:{number}", row)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         faults.add(shown, f"not a readable Parquet file: {error}")
