@@ -37,8 +37,8 @@ class Fault:
     def __str__(self) -> str:
         also = f" (and {self.rows - 1} more rows)" if self.rows > 1 else ""
         lines = [f"token parity: {self.way}: {self.source}{also}: {self.what}"]
-        if self.trained or self.found:
-            lines += [f"  trained  {' '.join(self.trained)}", f"  found    {' '.join(self.found)}"]
+        for name, tokens in (("trained", self.trained), ("found", self.found)):
+            lines += [f"  {name:7}  {' '.join(tokens)}"] if tokens else []
         return "\n".join([*lines, f"  {self.mend}"])
 
 
