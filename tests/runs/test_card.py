@@ -297,3 +297,8 @@ def test_a_receipt_of_another_schema_is_none(finished, tmp_path):
     assert run.receipt() is None
     merge_run(run.path, tmp_path / "merged", say=lambda line: None)
     assert not (tmp_path / "merged/receipt.json").exists()
+    # Of this schema, and yet not what a run wrote: the merge is not lost for it.
+    run.path.joinpath("receipt.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
+    merge_run(run.path, tmp_path / "again", say=lambda line: None)
+    assert not (tmp_path / "again/receipt.json").exists()
+    assert "receipt could not be read" in (tmp_path / "again/README.md").read_text()

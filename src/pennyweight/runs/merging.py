@@ -292,7 +292,13 @@ def _describe(
         "adapter": {"r": adapter.config.r, "parameters": adapter.parameters},
     }
     del told["folder"]
-    written = {MERGE_FILE: _json(told), "README.md": merged_card(told, receipt)}
+    try:
+        card = merged_card(told, receipt)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        # Of an earlier version, or changed by somebody: no reason to lose the merge.
+        told["notices"] = [*told["notices"], "the run's receipt could not be read; it is left out"]
+        card, receipt = merged_card(told, None), None
+    written = {MERGE_FILE: _json(told), "README.md": card}
     if receipt is not None:
         written[RECEIPT] = _json(receipt)
     for name, text in written.items():

@@ -147,7 +147,7 @@ def _prompt(receipt: Mapping[str, Any], *, whole: bool) -> str:
         "    chat, add_generation_prompt=True, return_dict=False",
         ")",
     ]
-    if receipt["data"]["rendering"]["exported"] and not whole:
+    if receipt["data"]["rendering"].get("exported") and not whole:
         read = f'with open("{HERE}/{EXPORTED}", encoding="utf-8") as file:'
         lines = [read, "    tokenizer.chat_template = file.read()", *lines]
     return "\n".join(lines)
