@@ -160,6 +160,27 @@ CAMPAIGNS: tuple[Campaign, ...] = (
         120,
         "campaigns.untrusted.templates:run",
     ),
+    Campaign(
+        "hostile-models",
+        "model folders that ask for code, absurd memory or files elsewhere: refused by load and plan",
+        200,
+        10,
+        "campaigns.untrusted.models:run",
+    ),
+    Campaign(
+        "hostile-configs",
+        "descriptions gone wrong: every fault with its line, exit code 2",
+        100,
+        24,
+        "campaigns.untrusted.configs:run",
+    ),
+    Campaign(
+        "names",
+        "names that could become paths: [a-z0-9][a-z0-9._-]{0,63}, and nothing leaves its folder",
+        10000,
+        300,
+        "campaigns.untrusted.names:run",
+    ),
 )
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "ForeignError",
     "StoredTensor",
     "file_in",
+    "is_folder",
     "read_json",
     "read_text",
     "refuse_surrogates",
@@ -37,6 +38,14 @@ _BITS = {
 
 class ForeignError(ValueError):
     """A file that is not what it should be."""
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name is that of a folder here; a name that can be none is not."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # too long, a NUL, half a surrogate pair
+        return False
 
 
 def file_in(folder: Path, name: str) -> Path:

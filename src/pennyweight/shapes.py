@@ -190,6 +190,8 @@ def size_faults(config: Mapping[str, Any], inside: str = "") -> list[str]:
         values = value if isinstance(value, list) else [value]
         if len(values) > _LONGEST_LIST:
             faults.append(f"{here}: a list of {len(values):,}")
+        if most is not None and (isinstance(value, dict) or value == []):
+            faults.append(f"{here}: found {str(value)[:40]}, expected 1 to {most:,}")
         for each in values[:_LONGEST_LIST]:
             if isinstance(each, dict):
                 faults += size_faults(each, f"{here}.")
@@ -223,6 +225,8 @@ def shapes_of_config(name: str, config: Mapping[str, Any]) -> Shapes | None:
     unusual = "auto_map" in config or config.get("attention_bias") or config.get("mlp_bias")
     if family not in _PLAIN or unusual or any(config.get(key) is None for key in _NEEDED):
         return None
+    if any(type(config[key]) is not int for key in _NEEDED if key != "hidden_act"):
+        return None  # a size a layer, which the library reads
     width = config.get("head_dim")
     if family == "qwen3" and width is None:
         return None  # not hidden / heads there

@@ -56,6 +56,14 @@ def test_each_bad_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     assert [row.source for row in read_rows(path, faults)] == ["a.jsonl:1", "a.jsonl:3"]
 
 
+def test_what_a_row_says_stays_on_one_line() -> None:
+    faults = Faults()
+    faults.add("a:1", 'role: "\x1b]0;owned\x07\n\u2028é"')
+    with pytest.raises(DataError) as caught:
+        faults.raise_any()
+    assert str(caught.value) == r'a:1: role: "\x1b]0;owned\x07\n\u2028é"'
+
+
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("nonsense\n" * 1000)

@@ -9,7 +9,16 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-NAMES = ["hostile-adapters", "wrong-base", "hostile-rows", "flat-memory", "hostile-templates"]
+NAMES = [
+    "hostile-adapters",
+    "wrong-base",
+    "hostile-rows",
+    "flat-memory",
+    "hostile-templates",
+    "hostile-models",
+    "hostile-configs",
+    "names",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

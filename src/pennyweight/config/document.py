@@ -17,7 +17,7 @@ __all__ = ["Document", "Path", "read_document", "spell"]
 
 Path = tuple[str | int, ...]
 
-_MAX_CHARACTERS = 1_000_000
+_MAX_CHARACTERS = 200_000
 _MAX_NODES = 5_000
 _MAX_DEPTH = 32
 
@@ -44,6 +44,17 @@ class _Loader(yaml.SafeLoader):
 
     DEFAULT_SCALAR_TAG = "untagged"
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses in time: parsing a megabyte of brackets takes PyYAML a minute."""
+        self.nodes += 1
+        if self.nodes > _MAX_NODES:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {_MAX_NODES:,} values", problem_mark=mark
+            )
+        return super().compose_node(parent, index)
 
 
 def read_document(text: str) -> Document:

@@ -23,6 +23,8 @@ from pennyweight.errors import ConfigError
 
 __all__ = ["LoadedRun", "load_run", "read_resolved"]
 
+_MOST_BYTES = 4 * 2**20  # a file that never ends is read this far; read_document refuses it
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedRun:
@@ -65,7 +67,8 @@ def read_resolved(path: str | os.PathLike[str]) -> RunConfig:
 
 def _read_text(path: FilePath) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         mend = "`pennyweight init --data my.jsonl > run.yaml` writes one"
         raise ConfigError(f"{path}: no such file; {mend}") from None

@@ -51,7 +51,9 @@ class Faults:
     def add(self, source: str, what: str) -> None:
         self.count += 1
         if len(self._shown) < _SHOWN_FAULTS:
-            self._shown.append(f"{source}: {what}")
+            said = f"{source}: {what}"
+            # Rows are quoted: what would break the line, or a terminal would obey, is spelt out.
+            self._shown.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in said))
 
     def raise_any(self) -> None:
         if self.count:

@@ -11,7 +11,14 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from pennyweight.errors import ModelError, PennyweightError
-from pennyweight.foreign import ForeignError, StoredTensor, file_in, read_json, stored_tensors
+from pennyweight.foreign import (
+    ForeignError,
+    StoredTensor,
+    file_in,
+    is_folder,
+    read_json,
+    stored_tensors,
+)
 from pennyweight.model.tokenizer_file import check_tokenizer, panics_as_errors
 from pennyweight.shapes import is_hub_id, size_faults
 
@@ -49,7 +56,7 @@ def find_folder(name: str, *, weights: bool = True) -> Path:
         from pennyweight.builtin import model_folder
 
         return model_folder()
-    if "\0" not in name and Path(name).is_dir():
+    if is_folder(name):
         return Path(name)
     repo, _, revision = name.partition("@")
     if not is_hub_id(name):

@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from pennyweight.foreign import ForeignError, file_in, read_json
+from pennyweight.foreign import ForeignError, file_in, is_folder, read_json
 from pennyweight.shapes import Shapes, is_hub_id, shapes_of_config, size_faults
 
 __all__ = ["is_here", "shapes_of"]
@@ -43,7 +43,7 @@ def _folder(model: str) -> Path | None:
         from pennyweight.builtin import model_folder
 
         return model_folder()
-    if "\0" not in model and Path(model).is_dir():
+    if is_folder(model):
         return Path(model)
     if not is_hub_id(model):
         return None
