@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ __all__ = ["Examples", "load_folder", "save_folder"]
 
 _ARRAYS = ("ids", "trained", "offsets", "whole_lengths")
 _MANIFEST = "manifest.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # of a part: it becomes a file's
 
 
 class Examples(Sequence[Example]):
@@ -149,6 +151,9 @@ def load_folder(folder: Path) -> tuple[dict[str, Examples], dict[str, Any]] | No
         if json.loads(head)["body_sha256"] != _sha256_text(body):
             return None
         manifest = json.loads(body)
+        named = {f"{part}.{name}.npy" for part in manifest["sources"] for name in _ARRAYS}
+        if set(manifest["sha256"]) != named or not all(map(_NAME.fullmatch, manifest["sources"])):
+            return None
         if any(_sha256(folder / name) != digest for name, digest in manifest["sha256"].items()):
             return None
         parts = {}
@@ -158,7 +163,7 @@ def load_folder(folder: Path) -> tuple[dict[str, Examples], dict[str, Any]] | No
                 for name in _ARRAYS
             )
             parts[part] = Examples(ids, trained, offsets, whole, sources)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return parts, manifest["facts"]
 

@@ -30,6 +30,7 @@ from pennyweight.runs.parity import compared
 from pennyweight.runs.receipt import SCHEMA_VERSION
 
 TEMPLATE, RECEIPT = "template.jinja", "receipt.json"
+NAMED_TEMPLATES = ("auto", "tokenizer", "plain", "turns", "chatml")
 
 __all__ = ["HeldOut", "RunFolder", "adapter_slot"]
 
@@ -153,6 +154,11 @@ class RunFolder:
         settings = dict(held.rendering)
         if settings["template"] == TEMPLATE:
             settings["template"] = str(self.path / TEMPLATE)
+        elif settings["template"] not in NAMED_TEMPLATES:
+            raise DiskError(
+                f"{self.held_out}: names the template {str(settings['template'])[:60]!r}, which is "
+                f"not one a run keeps ({TEMPLATE} or {', '.join(NAMED_TEMPLATES)})"
+            )
         renderer = Renderer(tokenizer, **settings)
         if checked:
             compared(held.specimens, renderer, (), mend=self.drift_mend).refuse()
