@@ -167,8 +167,8 @@ class RunFolder:
     @property
     def drift_mend(self) -> str:
         return (
-            f"the chat template or the tokenizer of {self.config().base.model} changed since the run "
-            f"was trained: restore it, or train again; `pennyweight parity {self.path}` tells more"
+            "the chat template or the tokenizer of the base changed since the run was trained: "
+            f"restore it, or train again; `pennyweight parity {self.path}` tells more"
         )
 
     def rendering(self, data: DataConfig) -> DataConfig:
