@@ -59,7 +59,7 @@ def test_the_short_form_of_every_campaign(names: list[str], tmp_path: Path) -> N
 
 def test_the_full_form_tries_as_often_as_is_promised() -> None:
     assert {name: named(name).least for name in PROMISED} == PROMISED
-    assert all(0 < campaign.short < campaign.least for campaign in CAMPAIGNS)
+    assert all(0 < campaign.short <= campaign.least for campaign in CAMPAIGNS)
 
 
 def test_a_row_is_replaced_and_the_others_stay(tmp_path: Path) -> None:

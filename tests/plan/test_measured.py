@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.plan_cpu import Case, measure
 
 from pennyweight.plan import plan
 from tests.plan.conftest import CPU, run_config
@@ -60,23 +59,3 @@ def test_resident_peak_within_a_tenth(
     # What libraries take of a process depends on what the kernel has mapped; tensors do not.
     assert predicted.allocated_bytes + found["process"] == pytest.approx(found["trained"], rel=0.1)
     assert predicted.peak_bytes == pytest.approx(found["trained"], rel=0.25)
-
-
-@linux
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(256, 4, "qlora", 2048),
-        Case(256, 4, "qlora", 2048, recompute=True),
-        Case(256, 4, "full", 2048),
-    ],
-    ids=lambda case: case.name,
-)
-def test_the_receipts_peaks_are_within_a_tenth(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # How much freed memory an allocator holds differs by its version; runs of the committed table
-    # are made without this.
-    monkeypatch.setenv(*GIVES_BACK)
-    found = measure(case, tmp_path)
-    assert found.planned == pytest.approx(found.measured, rel=0.1)

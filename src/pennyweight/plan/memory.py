@@ -24,7 +24,7 @@ MIB = 2**20
 CHUNK_BYTES = {"cpu": 64 * MIB}
 CHUNK_BYTES_DEVICE = 512 * MIB
 # Freed blocks that glibc 2.36 held at the peak, as a share of what a pass keeps without recompute
-# (benchmarks/results/plan_cpu.md): with adapters 0.8 to 1.1, recomputing 0.7 to 0.8, in full 0.3.
+# (benchmarks/plan_cpu.py): with adapters 0.8 to 1.1, recomputing 0.7 to 0.8, in full 0.3.
 _KEPT_BY_GLIBC = 1.0
 _KEPT_BY_GLIBC_RECOMPUTING = 0.75
 _KEPT_BY_GLIBC_IN_FULL = 0.3
