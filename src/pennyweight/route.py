@@ -9,14 +9,40 @@ callers of a pass set it (`with route.over(...)`). Tokens always travel as one f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 if TYPE_CHECKING:
     from pennyweight.attention import KVCache
 
-__all__ = ["Route"]
+__all__ = ["Mixture", "Route"]
+
+# Up to so many tokens a pass costs by its kernels' starts rather than by its tokens.
+MOST_MIXED_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixture:
+    """The tokens of a short pass, gathered by adapter: `[groups, most]`, shorter groups filled up.
+
+    Tokens before `bare` read none. `gather`: the token at each place; `back`: the place of each
+    token from `bare` on; both None where the tokens stand so already.
+    """
+
+    names: tuple[str, ...]
+    bare: int
+    most: int
+    gather: Int[Tensor, " places"] | None
+    back: Int[Tensor, " tokens"] | None
 
 
 class Route:
@@ -35,6 +61,7 @@ class Route:
         self.adapters: tuple[str | None, ...] = ()
         self.cache: KVCache | None = None
         self.dropout_seed: int | None = None
+        self._names: tuple[str, ...] = ()
 
     @contextmanager
     def over(
@@ -55,16 +82,73 @@ class Route:
         finally:
             self.boundaries, self.adapters, self.cache, self.dropout_seed = before
 
-    def segments(self) -> list[tuple[str | None, int, int]]:
+    def segments(self) -> tuple[tuple[str | None, int, int], ...]:
         """Runs of neighbouring documents that read the same adapter: `(adapter, start, stop)`.
 
-        Boundaries 0, 3, 5, 9 with adapters a, a, b give `[("a", 0, 5), ("b", 5, 9)]`.
+        Boundaries 0, 3, 5, 9 with adapters a, a, b give `(("a", 0, 5), ("b", 5, 9))`.
         """
-        runs: list[tuple[str | None, int, int]] = []
-        spans = zip(self.boundaries, self.boundaries[1:], strict=False)
-        for name, (start, stop) in zip(self.adapters, spans, strict=True):
-            if runs and runs[-1][0] == name:
-                runs[-1] = (name, runs[-1][1], stop)
-            else:
-                runs.append((name, start, stop))
-        return runs
+        return _segments(self.boundaries, self.adapters)
+
+    def mixture(self, device: torch.device) -> Mixture | None:
+        """The pass by adapter; None where it is long or bare, or where documents without an
+        adapter do not come first: then `segments` serves."""
+        if not self.boundaries or self.boundaries[-1] > MOST_MIXED_TOKENS:
+            return None
+        named = frozenset(name for name in self.adapters if name is not None)
+        if not named:
+            return None
+        if not named.issubset(self._names) or len(self._names) > 2 * len(named):
+            # A name that was just read is likely back soon: what was stacked for it stays, as long
+            # as half of the groups are in use.
+            both = named.union(self._names)
+            self._names = tuple(sorted(both if len(both) <= 2 * len(named) else named))
+        return _mixture(self.boundaries, self.adapters, self._names, device)
+
+
+# These depend on their arguments alone, and every layer of a pass asks for them.
+@lru_cache(maxsize=16)
+def _segments(
+    boundaries: tuple[int, ...], adapters: tuple[str | None, ...]
+) -> tuple[tuple[str | None, int, int], ...]:
+    runs: list[tuple[str | None, int, int]] = []
+    for name, (start, stop) in zip(adapters, pairwise(boundaries), strict=True):
+        if runs and runs[-1][0] == name:
+            runs[-1] = (name, runs[-1][1], stop)
+        else:
+            runs.append((name, start, stop))
+    return tuple(runs)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _mixture(
+    boundaries: tuple[int, ...],
+    adapters: tuple[str | None, ...],
+    names: tuple[str, ...],
+    device: torch.device,
+) -> Mixture | None:
+    reads = [
+        name
+        for name, (a, b) in zip(adapters, pairwise(boundaries), strict=True)
+        for _ in range(a, b)
+    ]
+    bare = next(at for at, name in enumerate(reads) if name is not None)
+    counts = Counter(reads[bare:])
+    most = max(counts.values())
+    if None in counts or len(names) * most > 2 * len(reads) + 32:
+        return None
+    if reads[bare:] == [name for name in names for _ in range(most)]:
+        return Mixture(names, bare, most, None, None)
+    group = {name: at for at, name in enumerate(names)}
+    taken = [0] * len(names)
+    gather = [bare] * (len(names) * most)
+    back = []
+    for token, name in enumerate(reads[bare:], bare):
+        assert name is not None
+        at = group[name]
+        back.append(at * most + taken[at])
+        gather[back[-1]] = token
+        taken[at] += 1
+    return Mixture(
+        names, bare, most, torch.tensor(gather, device=device), torch.tensor(back, device=device)
+    )

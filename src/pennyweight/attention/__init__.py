@@ -1,6 +1,6 @@
 """Attention that keeps documents apart, and the memory of keys and values for generation."""
 
-from pennyweight.attention.cache import KVCache
+from pennyweight.attention.cache import KVCache, shelf_tokens
 from pennyweight.attention.causal import attend
 
-__all__ = ["KVCache", "attend"]
+__all__ = ["KVCache", "attend", "shelf_tokens"]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from pennyweight.attention.cache import Abreast
 from pennyweight.errors import ModelError
 from pennyweight.route import Route
 
@@ -224,31 +225,38 @@ def _attend_remembered(
     """Each document over what its row remembers, itself included."""
     cache = route.cache
     assert cache is not None
-    keys, values = cache.write(layer, key, value)
+    cache.write(layer, key, value)
     now = cache.reading
-    if now.one_each:
-        rows = len(now.rows)
-        visible = cache.visible(rule.window, query.device)
-        _, _, by_row, by_place = cache.places(query.device)
-        one = query[0].transpose(0, 1)[by_row]
-        if rule.explicit:
-            mixed = _explicit(one[:, :, None], keys, values, rule, visible)
-        else:
-            # Heads that share keys are further queries of the same row.
-            stacked = one.view(rows, keys.shape[1], -1, one.shape[-1])
-            mixed = F.scaled_dot_product_attention(
-                stacked, keys, values, attn_mask=visible, scale=rule.scale
-            )
-        return mixed.reshape(rows, query.shape[1], -1)[by_place].transpose(0, 1)[None]
-    if now.fresh:
+    if now.fresh and not now.abreast:
         return _attend_documents(query, key, value, rule, route)
-    parts = [
-        _causal(part, keys[row, None, :, :stop], values[row, None, :, :stop], rule)
-        for part, row, stop in zip(
-            torch.split(query, list(now.counts), 2), now.rows, now.stops, strict=True
+    heads = query[0].transpose(0, 1)
+    parts = [_attend_abreast(heads, group, layer, rule) for group in now.abreast]
+    for one in now.longer:
+        keys, values = one.shelf.layers[layer]
+        seen = keys[one.slot, None, :, : one.stop], values[one.slot, None, :, : one.stop]
+        part = _causal(query[:, :, one.first : one.first + one.count], *seen, rule)
+        parts.append(part[0].transpose(0, 1))
+    mixed = parts[0] if len(parts) == 1 else torch.cat(parts)[now.order(query.device)]
+    return mixed.transpose(0, 1)[None]
+
+
+def _attend_abreast(
+    heads: Float[Tensor, "tokens heads head_dim"], group: Abreast, layer: int, rule: _Rule
+) -> Float[Tensor, "documents heads value_dim"]:
+    """Documents of one token over their rows, all at once: shorter rows are masked to the longest."""
+    keys, values = (part[: group.tall, :, : group.longest] for part in group.shelf.layers[layer])
+    _, slots, _, by_slot = group.indices(heads.device)
+    visible = group.visible(rule.window, heads.device)
+    one = heads[by_slot]
+    if rule.explicit:
+        mixed = _explicit(one[:, :, None], keys, values, rule, visible)
+    else:
+        # Heads that share keys are further queries of the same row.
+        stacked = one.view(group.tall, keys.shape[1], -1, one.shape[-1])
+        mixed = F.scaled_dot_product_attention(
+            stacked, keys, values, attn_mask=visible, scale=rule.scale
         )
-    ]
-    return _join(parts)
+    return mixed.reshape(group.tall, heads.shape[1], -1)[slots]
 
 
 # The two below depend on their arguments alone and are asked for by every layer of a pass.

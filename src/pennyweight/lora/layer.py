@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pennyweight.lora.stack import FactorStack
 from pennyweight.route import Route
 
 __all__ = [
@@ -111,7 +113,7 @@ class AdaptedModule(nn.Module):
     def names(self) -> list[str]:
         return [key.replace("%2E", ".") for key in self.adapters]
 
-    def runs(self, rows: int) -> list[tuple[str | None, int, int]]:
+    def runs(self, rows: int) -> Sequence[tuple[str | None, int, int]]:
         """The route's segments, held against the rows at hand."""
         segments = self.route.segments()
         if len(segments) == 1:
@@ -123,6 +125,8 @@ class AdaptedModule(nn.Module):
 
 class LoraLinear(AdaptedModule):
     """A frozen linear layer (plain, quantized or Conv1D) that adds each document its adapter's update."""
+
+    _stack: FactorStack | None = None
 
     @property
     def in_features(self) -> int:
@@ -138,6 +142,8 @@ class LoraLinear(AdaptedModule):
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         y: Tensor = self.base_layer(x)
+        if torch.is_inference_mode_enabled() and self._add_mixed(x, y):
+            return y
         runs = self.runs(x.shape[-2])
         if len(runs) == 1:
             name = runs[0][0]
@@ -149,6 +155,36 @@ class LoraLinear(AdaptedModule):
                 part = part + self._delta(x[..., start:stop, :], name)
             parts.append(part)
         return torch.cat(parts, dim=-2)
+
+    def put(self, name: str, weights: nn.Module) -> None:
+        super().put(name, weights)
+        self._stack = None
+
+    def drop(self, name: str) -> None:
+        super().drop(name)
+        self._stack = None
+
+    def _add_mixed(self, x: Tensor, y: Tensor) -> bool:
+        """Add to y, in place, the updates of a short pass over few or many adapters at once;
+        False where the pass goes by segments.
+
+        What is stacked stays until another set of adapters is read or a factor changes: the one
+        thing that `forward` keeps, and it changes no number.
+        """
+        mixture = self.route.mixture(x.device)
+        plain = x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type)
+        if mixture is None or not plain or self.route.dropout_seed is not None:
+            return False
+        if x.numel() != self.route.boundaries[-1] * x.shape[-1]:
+            return False
+        stack = self._stack
+        if stack is None or not stack.serves(mixture.names, x):
+            factors = [
+                cast(LoraFactors, self.of(name)) if name in self else None for name in mixture.names
+            ]
+            stack = self._stack = FactorStack.of(mixture.names, factors, x)
+        stack.add_to(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), mixture)
+        return True
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         factors = self.of(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pennyweight.generate import Decoding, Request
+from pennyweight.generate import Decoding, Request, refuse_diverged
 from pennyweight.model import BaseModel
 
 __all__ = ["Asked", "answers"]
@@ -35,6 +35,7 @@ def answers(
     ids: list[list[int]] = [[] for _ in asked]
     while decoding.busy:
         for token in decoding.step():
+            refuse_diverged(token, len(ids[token.number]), asked[token.number].request)
             if token.stop_reason != "stop":
                 ids[token.number].append(token.id)
             if token.stop_reason is not None:

@@ -1,0 +1,72 @@
+"""Which token comes next: a pure function of the logits, the request's seed and the token's number."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from pennyweight.generate.request import Request
+
+__all__ = ["draw", "draw_each", "uniform"]
+
+
+def draw(logits: Float[Tensor, " vocab"], request: Request, number: int) -> Tensor:
+    """Id of the request's `number`-th new token."""
+    return draw_each(logits[None], [request], [number])[0]
+
+
+def draw_each(
+    logits: Float[Tensor, "rows vocab"], requests: Sequence[Request], numbers: Sequence[int]
+) -> Int64[Tensor, " rows"]:
+    """Of each row the id drawn: one uniform number through the inverse of the cumulative
+    distribution, after temperature, then top-k, then top-p (nucleus sampling, Holtzman et al.
+    2020, section 3.1: the smallest set of likeliest tokens whose mass reaches `top_p`).
+
+    No row reads another: rows of like truncation go through the same operations at once.
+    """
+    if logits.device.type == "mps":  # it has no float64
+        logits = logits.cpu()
+    alike: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
+    for at, request in enumerate(requests):
+        top_k = request.top_k if request.top_k < logits.shape[1] else 0
+        alike[top_k, request.top_p < 1].append(at)
+    ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
+    for (top_k, nucleus), rows in alike.items():
+        where = torch.tensor(rows, device=logits.device)
+        chosen = [requests[at] for at in rows]
+        shares = [uniform(requests[at].seed, numbers[at]) for at in rows]
+        ids[where] = _drawn(logits[where], chosen, shares, top_k, nucleus)
+    return ids
+
+
+def _drawn(
+    logits: Tensor, requests: list[Request], shares: list[float], top_k: int, nucleus: bool
+) -> Tensor:
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    scaled = logits.double() / column([request.temperature for request in requests])
+    ids = None
+    if top_k:
+        scaled, ids = scaled.topk(top_k)
+    elif nucleus:
+        scaled, ids = scaled.sort(descending=True, stable=True)
+    mass = scaled.softmax(-1).cumsum(-1)
+    last = torch.full_like(mass[:, :1], mass.shape[1] - 1, dtype=torch.int64)
+    if nucleus:
+        reach = column([request.top_p for request in requests]) * mass[:, -1:]
+        last = (mass < reach).sum(-1, keepdim=True).minimum(last)
+    at = torch.searchsorted(mass, column(shares) * mass.gather(1, last), right=True)
+    at = at.minimum(last)
+    return (at if ids is None else ids.gather(1, at)).squeeze(1)
+
+
+def uniform(seed: int, number: int) -> float:
+    """A number in [0, 1) that depends on these two alone (53 bits of BLAKE2b)."""
+    digest = blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53

@@ -1,0 +1,104 @@
+"""Factors of several adapters side by side, so that a short pass over all of them is two products.
+
+A pass that decodes has a token or a few for each adapter; product by product it would cost by the
+kernels' starts. Batched products (as SGMV in Punica, Chen et al. 2023) start two a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pennyweight.route import Mixture
+
+__all__ = ["FactorStack", "Factors"]
+
+
+@runtime_checkable
+class Factors(Protocol):
+    """One adapter's factors on one layer."""
+
+    scaling: float
+    _parameters: dict[str, Any]
+
+    @property
+    def lora_A(self) -> Tensor: ...  # noqa: N802 - as PEFT names it
+
+    @property
+    def lora_B(self) -> Tensor: ...  # noqa: N802
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FactorStack:
+    """Factors of several adapters on one layer, stacked so that a short pass is two products of
+    batches; smaller ranks are filled up with zeros, and an adapter that is not here is all zeros.
+
+    Groups never mix: a NaN in one adapter stays in its own rows.
+    """
+
+    names: tuple[str, ...]
+    a: Float[Tensor, "groups d_in r"]
+    b: Float[Tensor, "groups r d_out"]
+    read: tuple[dict[str, Any], ...]
+    stamps: list[object]
+
+    @classmethod
+    def of(
+        cls, names: tuple[str, ...], factors: Sequence[Factors | None], x: Tensor
+    ) -> FactorStack:
+        """The stack in x's type and on its device, scalings folded in."""
+        present = [each for each in factors if each is not None]
+        ranks = [each.lora_A.shape[0] for each in present]
+        d_in, d_out = x.shape[-1], present[0].lora_B.shape[0] if present else 0
+        a = x.new_zeros(len(names), d_in, max(ranks, default=0))
+        b = x.new_zeros(len(names), max(ranks, default=0), d_out)
+        for group, each in enumerate(factors):
+            if each is not None:
+                r = each.lora_A.shape[0]
+                a[group, :, :r] = each.lora_A.to(x.dtype).T
+                b[group, :r] = each.lora_B.to(x.dtype).T * each.scaling
+        read = tuple(each._parameters for each in present)
+        return cls(names, a, b, read, _stamps(read))
+
+    def serves(self, names: tuple[str, ...], x: Tensor) -> bool:
+        """Whether these are the adapters asked for, and their factors as they were."""
+        return (
+            names == self.names
+            and self.a.dtype == x.dtype
+            and self.a.device == x.device
+            and self.stamps == _stamps(self.read)
+        )
+
+    def add_to(
+        self,
+        y: Float[Tensor, "tokens d_out"],
+        x: Float[Tensor, "tokens d_in"],
+        mixture: Mixture,
+    ) -> None:
+        """Add to each token of y its adapter's update."""
+        groups, d_in, _ = self.a.shape
+        if not self.read:
+            return
+        if mixture.gather is None or mixture.back is None:
+            low = torch.bmm(x[mixture.bare :].view(groups, mixture.most, d_in), self.a)
+            y[mixture.bare :].view(groups, mixture.most, -1).baddbmm_(low, self.b)
+            return
+        gathered = x.index_select(0, mixture.gather).view(groups, mixture.most, d_in)
+        places = torch.bmm(torch.bmm(gathered, self.a), self.b).view(-1, y.shape[1])
+        y[mixture.bare :].add_(places.index_select(0, mixture.back))
+
+
+def _stamps(read: Sequence[dict[str, Any]]) -> list[object]:
+    """What differs after a step, a load or a move of any of these factors; where torch counts no
+    changes, it always differs."""
+    stamps: list[object] = []
+    for parameters in read:
+        for leaf in ("lora_A", "lora_B"):
+            tensor = parameters[leaf]
+            stamps += [tensor.data_ptr(), object() if tensor.is_inference() else tensor._version]
+    return stamps
