@@ -28,6 +28,8 @@ __all__ = ["Mixture", "Route"]
 
 # Up to so many tokens a pass costs by its kernels' starts rather than by its tokens.
 MOST_MIXED_TOKENS = 256
+# A product of its own costs an adapter about as much as so many places filled up in vain.
+MOST_FILLED_PLACES = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +64,8 @@ class Route:
         self.cache: KVCache | None = None
         self.dropout_seed: int | None = None
         self._names: tuple[str, ...] = ()
+        # What `mixture` found for the pass under way, in a list so that None is an answer too.
+        self._mixture: list[Mixture | None] = []
 
     @contextmanager
     def over(
@@ -74,13 +78,13 @@ class Route:
     ) -> Iterator[None]:
         """Set the route for one pass, its backward included (recomputation reads it again)."""
         assert len(adapters) == len(boundaries) - 1, "one adapter for each document"
-        before = (self.boundaries, self.adapters, self.cache, self.dropout_seed)
-        self.boundaries, self.adapters = tuple(boundaries), tuple(adapters)
+        before = (self.boundaries, self.adapters, self.cache, self.dropout_seed, self._mixture)
+        self.boundaries, self.adapters, self._mixture = tuple(boundaries), tuple(adapters), []
         self.cache, self.dropout_seed = cache, dropout_seed
         try:
             yield
         finally:
-            self.boundaries, self.adapters, self.cache, self.dropout_seed = before
+            self.boundaries, self.adapters, self.cache, self.dropout_seed, self._mixture = before
 
     def segments(self) -> tuple[tuple[str | None, int, int], ...]:
         """Runs of neighbouring documents that read the same adapter: `(adapter, start, stop)`.
@@ -92,10 +96,13 @@ class Route:
     def mixture(self, device: torch.device) -> Mixture | None:
         """The pass by adapter; None where it is long or bare, or where documents without an
         adapter do not come first: then `segments` serves."""
-        if not self.boundaries or self.boundaries[-1] > MOST_MIXED_TOKENS:
-            return None
+        if not self._mixture:
+            self._mixture.append(self._gathered(device))
+        return self._mixture[0]
+
+    def _gathered(self, device: torch.device) -> Mixture | None:
         named = frozenset(name for name in self.adapters if name is not None)
-        if not named:
+        if not named or self.boundaries[-1] > MOST_MIXED_TOKENS:
             return None
         if not named.issubset(self._names) or len(self._names) > 2 * len(named):
             # A name that was just read is likely back soon: what was stacked for it stays, as long
@@ -135,7 +142,8 @@ def _mixture(
     bare = next(at for at, name in enumerate(reads) if name is not None)
     counts = Counter(reads[bare:])
     most = max(counts.values())
-    if None in counts or len(names) * most > 2 * len(reads) + 32:
+    filled = len(names) * most - len(reads) + bare
+    if None in counts or filled > MOST_FILLED_PLACES * len(counts):
         return None
     if reads[bare:] == [name for name in names for _ in range(most)]:
         return Mixture(names, bare, most, None, None)

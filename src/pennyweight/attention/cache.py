@@ -206,16 +206,19 @@ class KVCache:
         self._reading = _Reading(fresh, tuple(abreast.values()), tuple(longer), first)
         return starts
 
-    @torch.inference_mode()
-    def fork(self, row: int, tokens: int, *, room: int | None = None) -> int | None:
-        """Begin a new last row that remembers the first `tokens` of `row`, with as much room as
-        `row` has or for `room`; its number, or None where the budget has too little left."""
-        assert 0 < tokens <= self.lengths[row], "a fork remembers what its row has read"
-        new = self.begin(room or self._places[row][0].capacity)
-        if new is not None:
-            self.lengths[new] = tokens
-            self._copy(self._places[row], self._places[new], tokens)
+    def fork(self, row: int, tokens: int) -> int:
+        """Begin a new last row that remembers the first `tokens` of `row`; gives its number."""
+        new = self.begin(self._places[row][0].capacity)
+        assert new is not None, "with a budget, `begin` and `recall`"
+        self.recall(new, row, tokens)
         return new
+
+    @torch.inference_mode()
+    def recall(self, new: int, row: int, tokens: int) -> None:
+        """Let a row just begun remember the first `tokens` of another."""
+        assert self.lengths[new] == 0 < tokens <= self.lengths[row], "a row recalls what was read"
+        self.lengths[new] = tokens
+        self._copy(self._places[row], self._places[new], tokens)
 
     @torch.inference_mode()
     def drop(self, row: int) -> None:

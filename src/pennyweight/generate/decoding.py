@@ -164,14 +164,14 @@ class Decoding:
 
     def _seat(self, row: Row) -> bool:
         """Reserve a row of the cache; what a twin has read is copied."""
-        room = row.request.most_read_tokens
+        new = self._cache.begin(row.request.most_read_tokens)
+        if new is None:
+            return False
         known = len(row.request.prompt_ids) - 1
         if row.twin in self._rows and row.twin is not None and known:
-            if self._cache.fork(self._rows.index(row.twin), known, room=room) is None:
-                return False
+            self._cache.recall(new, self._rows.index(row.twin), known)
             row.pending = row.pending[known:]
-            return True
-        return self._cache.begin(room) is not None
+        return True
 
     def _counts(self) -> dict[int, int]:
         """How many tokens each row reads in the next pass.
@@ -200,7 +200,9 @@ class Decoding:
     ) -> Float[Tensor, "rows vocab"] | None:
         """Read the next tokens of these rows; the logits after those that are `done` with theirs."""
         starts = self._cache.extend(rows, counts)
-        boundaries, ids, positions, lasts = [0], [], [], []
+        boundaries, lasts = [0], []
+        ids: list[int] = []
+        positions: list[int] = []
         for at, count, start in zip(rows, counts, starts, strict=True):
             row = self._rows[at]
             ids += row.pending[:count]
