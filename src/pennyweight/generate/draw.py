@@ -47,10 +47,9 @@ def draw_each(
 def _drawn(
     logits: Tensor, requests: list[Request], shares: list[float], top_k: int, nucleus: bool
 ) -> Tensor:
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    scaled = logits.double() / column([request.temperature for request in requests])
+    """The draws of rows that are cut alike, each by its share of the mass."""
+    wide = logits.double()
+    scaled = wide / _column([request.temperature for request in requests], wide)
     ids = None
     if top_k:
         scaled, ids = scaled.topk(top_k)
@@ -59,11 +58,15 @@ def _drawn(
     mass = scaled.softmax(-1).cumsum(-1)
     last = torch.full_like(mass[:, :1], mass.shape[1] - 1, dtype=torch.int64)
     if nucleus:
-        reach = column([request.top_p for request in requests]) * mass[:, -1:]
+        reach = _column([request.top_p for request in requests], wide) * mass[:, -1:]
         last = (mass < reach).sum(-1, keepdim=True).minimum(last)
-    at = torch.searchsorted(mass, column(shares) * mass.gather(1, last), right=True)
+    at = torch.searchsorted(mass, _column(shares, wide) * mass.gather(1, last), right=True)
     at = at.minimum(last)
     return (at if ids is None else ids.gather(1, at)).squeeze(1)
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return like.new_tensor(values)[:, None]
 
 
 def uniform(seed: int, number: int) -> float:
