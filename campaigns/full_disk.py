@@ -93,9 +93,10 @@ def _filled_by_another(world: World, description: Path, name: str, nth: int, lef
     """The command, and at the n-th call of `name` a file beside it that leaves so many KB."""
     if name == "at the start":
         return world.train(description)
-    from pennyweight.finetune.underway import Run
+    from pennyweight.finetune.run import Run
+    from pennyweight.report import Report
 
-    code = {"save": Run.save, "step": Run.after, "finish": Run.finish}[name].__code__
+    code = {"save": Run.save, "step": Report.step, "finish": Run.finish}[name].__code__
     child = world.train(description, before=partial(stop_before, code, nth))
     if child.until(child.stopped):
         place = world.folder / "small"

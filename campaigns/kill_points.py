@@ -27,7 +27,7 @@ __all__ = ["run"]
 
 TRACED = "trace=%file,%desc"
 END = "/end-of-the-save"
-SAVES = {"retires": ("optim_step", 5), "replaces": ("evaluate_loss", 2)}
+SAVES = {"retires": ("optim_step", 5), "replaces": ("evaluation", 2)}
 """What a SIGTERM comes before, so that the next save is of this kind."""
 
 
@@ -52,11 +52,12 @@ def run(tally: Tally, cases: int | None) -> None:
 
 def _stopped_before_the_save(world: World, kind: str) -> None:
     """Leaves the run's folder as a SIGTERM before the save does, under the name of the kind."""
-    from pennyweight.evaluate import evaluate_loss
+    from pennyweight.evaluate import losses
     from pennyweight.train import Trainee
 
     name, nth = SAVES[kind]
-    code = inspect.unwrap({"optim_step": Trainee.optim_step, "evaluate_loss": evaluate_loss}[name])
+    works = {"optim_step": Trainee.optim_step, "evaluation": losses._document_losses}
+    code = inspect.unwrap(works[name])
 
     def stop() -> None:
         ask = partial(os.kill, os.getpid(), signal.SIGTERM)
@@ -85,7 +86,7 @@ def _points(world: World, kind: str) -> list[Call]:
 
 
 def _stop_at_the_save(*, mark_end: bool = False) -> Any:
-    from pennyweight.finetune.underway import Run
+    from pennyweight.finetune.run import Run
     from pennyweight.train import checkpoint
 
     def mark(frame: FrameType, event: str, _: Any) -> None:

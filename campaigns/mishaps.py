@@ -212,7 +212,7 @@ def _no_rights_to_resume(world: World, description: Path, expected: str) -> str 
 
 
 def _rights_taken_on_the_way(world: World, description: Path, expected: str) -> str | None:
-    from pennyweight.finetune.underway import Run
+    from pennyweight.finetune.run import Run
 
     def before() -> None:
         _bound_by_rights()

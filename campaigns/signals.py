@@ -98,8 +98,8 @@ def _ask_and_send(code: CodeType, sent: Path) -> None:
 def _works() -> list[tuple[str, CodeType, tuple[int, ...]]]:
     """Pieces of work: their name, their function, and at which of their calls a signal comes."""
     import pennyweight.finetune as page
-    from pennyweight.evaluate import evaluate_loss
-    from pennyweight.finetune.underway import Run
+    from pennyweight.evaluate import losses
+    from pennyweight.finetune.run import Run
     from pennyweight.runs import RunFolder
     from pennyweight.train import Trainee, checkpoint
 
@@ -113,7 +113,7 @@ def _works() -> list[tuple[str, CodeType, tuple[int, ...]]]:
         ("describing", code(RunFolder.keep_held_out), (1,)),
         ("micro-step", code(Trainee.forward_backward), (1, 2, 3, 6, 9, 12)),
         ("optimizer step", code(Trainee.optim_step), (1, 4, 8)),
-        ("evaluation", code(evaluate_loss), (1, 2, 3, 4, 5)),
+        ("evaluation", code(losses._document_losses), (1, 2, 3, 4, 5)),
         ("save", code(Run.save), (1, 2, 4)),
         ("writing", code(checkpoint._write), (1, 3)),
         ("retirement", code(checkpoint.retire), (1, 3)),

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from pennyweight.config import RunConfig
 from pennyweight.data import dataset
 from pennyweight.errors import ConfigError, DataError, Interrupted
-from pennyweight.finetune import finetune, look, underway
+from pennyweight.finetune import finetune, look
+from pennyweight.finetune import run as run_room
 from pennyweight.lora import Adapter
 from pennyweight.report import Report, metrics_of, read_events
 from pennyweight.runs import RunFolder
@@ -197,7 +198,7 @@ def stop_after(monkeypatch, *steps):
 def test_an_evaluation_cut_short_is_made_when_the_run_resumes(description, monkeypatch):
     finetune(description("whole"))
     stopped = description("stopped")
-    measure = underway.evaluate_loss
+    measure = run_room.loss_by_batch
     measured = []
 
     def stop_in_the_second(base, batches):
@@ -206,7 +207,7 @@ def test_an_evaluation_cut_short_is_made_when_the_run_resumes(description, monke
             os.kill(os.getpid(), signal.SIGTERM)
         return measure(base, batches)
 
-    monkeypatch.setattr(underway, "evaluate_loss", stop_in_the_second)
+    monkeypatch.setattr(run_room, "loss_by_batch", stop_in_the_second)
     with pytest.raises(Interrupted, match="SIGTERM after step 3 of 6"):
         finetune(stopped)
     assert [e["number"] for e in log(stopped.output_dir) if e["kind"] == "evaluation"] == [0]
@@ -239,14 +240,14 @@ def test_a_signal_while_the_result_is_written(description, monkeypatch):
     assert log(stopped.output_dir) == log(whole.output_dir)
 
 
-def test_a_best_checkpoint_that_is_damaged_is_said_and_the_last_weights_kept(description):
-    config = description(
-        learning_rate=0.5,
-        max_grad_norm=None,
-        lr_scheduler_type="constant",
-        eval_steps=1,
-        save_steps=1,
+def test_a_best_checkpoint_that_is_damaged_is_said_and_the_last_weights_kept(
+    description, monkeypatch
+):
+    judge = run_room.Run._judge
+    monkeypatch.setattr(
+        run_room.Run, "_judge", lambda run, loss: judge(run, loss + 9 * (run.trainee.step > 2))
     )
+    config = description(eval_steps=1, save_steps=1)
     first = finetune(config)
     assert first.best_step < first.steps, "the case needs a best step that is not the last"
     best = Path(config.output_dir) / "checkpoints" / f"step-{first.best_step:06d}"
@@ -260,8 +261,8 @@ def test_other_versions_are_said_when_a_run_resumes(description, monkeypatch):
     stop_after(monkeypatch, 2)
     with pytest.raises(Interrupted):
         finetune(description())
-    real = underway.versions()
-    monkeypatch.setattr(underway, "versions", lambda: real | {"torch": "9.9"})
+    real = run_room.versions()
+    monkeypatch.setattr(run_room, "versions", lambda: real | {"torch": "9.9"})
     notices = finetune(description()).notices
     assert any(n == f"resumed with torch 9.9, so far it was {real['torch']}" for n in notices)
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from pennyweight.data.batch import Batch
 from pennyweight.errors import DiskError, MemoryExhausted
 from pennyweight.evaluate import losses
-from pennyweight.finetune import finetune, rehearsal, underway
+from pennyweight.finetune import finetune, rehearsal
+from pennyweight.finetune import run as run_room
 from pennyweight.finetune.rehearsal import heaviest, undominated
 from pennyweight.model import BaseModel
 from pennyweight.report import read_events
@@ -74,7 +75,12 @@ def test_a_run_with_a_rehearsal_is_the_run_without_one(description, monkeypatch,
     if not packing:
         config = without(config)
     finetune(config)
-    monkeypatch.setattr("pennyweight.finetune.rehearse", lambda run, predicted, **_: predicted)
+
+    def nothing_tried(run, predicted, **_):
+        yield from ()
+        return predicted
+
+    monkeypatch.setattr("pennyweight.finetune.rehearse", nothing_tried)
     bare = config.model_copy(update={"output_dir": config.output_dir + "out"})
     finetune(bare)
     with_it, without_it = left_behind(config.output_dir), left_behind(bare.output_dir)
@@ -256,7 +262,7 @@ def test_killed_before_step_1_it_begins_anew_even_with_other_settings(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(underway.Run, "introduce", killed)
+        patch.setattr(run_room.Run, "introduce", killed)
         with pytest.raises(KeyboardInterrupt):
             finetune(description("killed", learning_rate=0.5))
     assert (Path(config.output_dir) / "checkpoints" / "step-000000").is_dir()
@@ -268,15 +274,16 @@ def test_killed_before_step_1_it_begins_anew_even_with_other_settings(
 
 def test_a_resumed_run_rehearses_without_saving(description, monkeypatch):
     config = description()
-    spoken = underway.Run.after
+    save = run_room.Run.save
 
-    def stop_after_three(run, step):
-        spoken(run, step)
-        if step.number == 3:
+    def stop_after_three(run):
+        written = save(run)
+        if run.trainee.step == 3:
             raise KeyboardInterrupt
+        return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(underway.Run, "after", stop_after_three)
+        patch.setattr(run_room.Run, "save", stop_after_three)
         with pytest.raises(KeyboardInterrupt):
             finetune(config)
     result = finetune(config)
@@ -290,7 +297,7 @@ def test_held_out_rows_are_evaluated_in_the_order_they_were(description, monkeyp
     """Without a shortage of memory evaluations are cut as `in_batches` cuts by itself."""
     seen = []
     monkeypatch.setattr(
-        underway, "in_batches", lambda rows, **k: seen.append(k) or losses.in_batches(rows, **k)
+        run_room, "in_batches", lambda rows, **k: seen.append(k) or losses.in_batches(rows, **k)
     )
     finetune(description())
     assert {k["budget_tokens"] for k in seen} == {4096}

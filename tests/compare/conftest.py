@@ -48,7 +48,7 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _quickly(one_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One cache, and no loss curve of four steps: that alone is a second a run."""
     monkeypatch.setenv("PENNYWEIGHT_CACHE", str(one_cache))
-    monkeypatch.setattr("pennyweight.finetune.underway.plot_losses", lambda *_, **__: None)
+    monkeypatch.setattr("pennyweight.finetune.run.plot_losses", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +92,7 @@ def done(description: Any, one_cache: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("comparison")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PENNYWEIGHT_CACHE", str(one_cache))
-        patch.setattr("pennyweight.finetune.underway.plot_losses", lambda *_, **__: None)
+        patch.setattr("pennyweight.finetune.run.plot_losses", lambda *_, **__: None)
         config = description(folder / "out", ranks=[2, 4], learning_rates={"qlora": 1e-2})
         launched = Launched()
         found = compare(config, launch=launched, say=lambda text: None)

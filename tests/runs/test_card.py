@@ -182,10 +182,10 @@ def test_a_finished_run_looked_at_again_keeps_its_peak_and_a_resumed_one_says_so
     description,  # noqa: F811
     monkeypatch,
 ):
-    from pennyweight.finetune import underway
+    from pennyweight.finetune import run as run_room
 
     peaks = iter([10**9, 10**9, 5, 5, 5])
-    monkeypatch.setattr(underway, "peak_memory_bytes", lambda device: next(peaks, 5))
+    monkeypatch.setattr(run_room, "peak_memory_bytes", lambda device: next(peaks, 5))
     first = finetune(description(method="lora"))
     again = finetune(description(method="lora"))
     assert (first.peak_memory_bytes, again.peak_memory_bytes) == (10**9, 10**9)

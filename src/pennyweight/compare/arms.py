@@ -8,7 +8,7 @@ from typing import Any
 
 from pennyweight.config import CompareConfig, LoraConfig, Method, RunConfig, resolve
 from pennyweight.errors import ConfigError
-from pennyweight.finetune.underway import FREE_TO_CHANGE, SHAPES_THE_RUN
+from pennyweight.finetune.run import FREE_TO_CHANGE, SHAPES_THE_RUN
 
 __all__ = ["Arm", "arms_of", "differences", "refuse_useless", "run_of", "unquantized"]
 

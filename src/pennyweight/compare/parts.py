@@ -19,7 +19,7 @@ from pennyweight.data.examples import Examples, load_folder, save_folder
 from pennyweight.data.prepare import prepare
 from pennyweight.errors import DiskError, MemoryExhausted
 from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, read_by
-from pennyweight.finetune.underway import data_size
+from pennyweight.finetune.run import data_size
 from pennyweight.lora import Adapter, attach
 from pennyweight.model import (
     BaseModel,

@@ -11,7 +11,14 @@ from pennyweight.evaluate.answers import (
     rouge_l,
 )
 from pennyweight.evaluate.intervals import Difference, Interval, bootstrap, student, wilson
-from pennyweight.evaluate.losses import LossReport, evaluate_loss, in_batches, paired, read_by
+from pennyweight.evaluate.losses import (
+    LossReport,
+    evaluate_loss,
+    in_batches,
+    loss_by_batch,
+    paired,
+    read_by,
+)
 
 __all__ = [
     "AnswerReport",
@@ -23,6 +30,7 @@ __all__ = [
     "evaluate_loss",
     "exact_match",
     "in_batches",
+    "loss_by_batch",
     "paired",
     "paired_answers",
     "read_by",

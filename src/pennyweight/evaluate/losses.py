@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from pennyweight.lora import attached
 from pennyweight.loss import places, predictions
 from pennyweight.model import BaseModel
 
-__all__ = ["LossReport", "evaluate_loss", "in_batches", "paired", "read_by"]
+__all__ = ["LossReport", "evaluate_loss", "in_batches", "loss_by_batch", "paired", "read_by"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,19 @@ def read_by(batches: Iterable[Batch], adapter: str | None) -> Iterator[Batch]:
         yield replace(batch, adapters=(adapter,) * len(batch.adapters))
 
 
-@torch.inference_mode()
 def evaluate_loss(base: BaseModel, batches: Iterable[Batch]) -> LossReport:
-    """Loss of every trained token, each document by the adapter its batch names.
+    """Loss of every trained token, each document by the adapter its batch names; errors as below."""
+    measuring = loss_by_batch(base, batches)
+    while True:
+        try:
+            next(measuring)
+        except StopIteration as done:
+            report: LossReport = done.value
+            return report
+
+
+def loss_by_batch(base: BaseModel, batches: Iterable[Batch]) -> Generator[Batch, None, LossReport]:
+    """`evaluate_loss` in pieces: yields each batch once it is measured.
 
     DataError where nothing is trained; AdapterError for an adapter that is not attached, which
     would be the bare base under a wrong name; DivergedError names the first row whose loss is not
@@ -106,6 +116,7 @@ def evaluate_loss(base: BaseModel, batches: Iterable[Batch]) -> LossReport:
         losses += sums
         counts += numbers
         sources += batch.sources
+        yield batch
     if not sum(counts):
         raise DataError(
             f"{len(sources)} held-out rows train no token, so there is no loss to measure; "
@@ -119,6 +130,7 @@ def evaluate_loss(base: BaseModel, batches: Iterable[Batch]) -> LossReport:
     )
 
 
+@torch.inference_mode()
 def _document_losses(base: BaseModel, batch: Batch) -> tuple[int, list[float], list[int]]:
     """Of one batch: tokens predicted right; of each document its summed loss and its count."""
     at = places(base, batch)

@@ -1,7 +1,8 @@
 """The front page: a run's description in, an adapter (or a whole tuned model) out.
 
 `finetune` is the way of one run; every stop is a line or two here and a room elsewhere. The same
-description again resumes: all that the run needs to go on stands in its output folder.
+description again resumes: all that the run needs to go on stands in its output folder. `underway`
+is that way beat by beat, over a base that may be resident already and shared with others.
 """
 
 from __future__ import annotations
@@ -11,19 +12,33 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pennyweight.config import RunConfig, origins, resolve
-from pennyweight.data.prepare import prepare
+from pennyweight.data.prepare import Prepared, prepare
 from pennyweight.errors import Interrupted
 from pennyweight.files import disk_faults
+from pennyweight.finetune.beat import Beat, Beats, at_once, outcome, timed
+from pennyweight.finetune.learner import require_this_base
 from pennyweight.finetune.parity import parity, parity_of
 from pennyweight.finetune.rehearsal import corrected, rehearse
+from pennyweight.finetune.run import Run, RunResult, data_size, day_of, stop_id
 from pennyweight.finetune.seen import Seen, look
-from pennyweight.finetune.underway import Run, RunResult, data_size, day_of, stop_id
-from pennyweight.model import load_base
+from pennyweight.model import BaseModel, load_base, load_tokenizer, stop_ids
 from pennyweight.plan import plan
 from pennyweight.runs import RunFolder
-from pennyweight.train import RunLock, StopRequest, enable_checkpointing, restart_peak, tidy, train
+from pennyweight.train import RunLock, Step, StopRequest, pieces, restart_peak, tidy
 
-__all__ = ["AGAIN", "RunResult", "Seen", "finetune", "look", "parity"]
+__all__ = [
+    "AGAIN",
+    "Beat",
+    "Beats",
+    "RunResult",
+    "Seen",
+    "finetune",
+    "look",
+    "outcome",
+    "parity",
+    "prepared",
+    "underway",
+]
 
 AGAIN = "free some space or mend the folder, then run the same command again"
 
@@ -39,43 +54,103 @@ def finetune(
     `origin` and `text` (where each value came from, the YAML as written) are kept beside the
     result, and the receipt tells them. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
     """
+    with StopRequest() as stop:
+        return outcome(underway(config, origin=origin, text=text, stop=stop))
+
+
+def underway(
+    config: RunConfig,
+    *,
+    base: BaseModel | None = None,
+    name: str = "default",
+    data: Prepared | None = None,
+    origin: Mapping[str, str] | None = None,
+    text: str | None = None,
+    stop: StopRequest | None = None,
+) -> Beats[RunResult]:
+    """`finetune` beat by beat; between two beats the model is nobody's.
+
+    On a resident `base` the adapter is attached as `name` while the run is under way, and the
+    process's random states are left alone, so several runs may take turns and each ends as it
+    would alone, to the bit. ConfigError where the base is not the one described, or the run would
+    train it whole. `data`: what `prepared` gave. `stop.ask(why)` saves, then raises Interrupted.
+    Closing the generator leaves the last checkpoint, takes the adapter off and lets the folder go.
+    """
+    return timed(_way(config, base, name, data, origin, text, stop or StopRequest()))
+
+
+def prepared(config: RunConfig) -> Prepared:
+    """The rows that `underway` would prepare, from a tokenizer of its own and without any weight:
+    it may run ahead, in another thread."""
+    config = resolve(config)
+    tokenizer = load_tokenizer(config.base.model)
+    ends = stop_ids(config.base.model, tokenizer)
+    return prepare(
+        config.data,
+        tokenizer,
+        seed=config.seed,
+        stop_id=ends[0] if ends else None,
+        day=day_of(RunFolder(Path(config.output_dir))),
+    )
+
+
+def _way(
+    config: RunConfig,
+    base: BaseModel | None,
+    name: str,
+    data: Prepared | None,
+    origin: Mapping[str, str] | None,
+    text: str | None,
+    stop: StopRequest,
+) -> Beats[RunResult]:
     began = time.perf_counter()
     origin = origin or origins(config)
     config = resolve(config)
     folder = RunFolder(Path(config.output_dir))
-    with disk_faults(folder.path, AGAIN), RunLock(folder.path), StopRequest() as stop:
+    alone = base is None
+    with disk_faults(folder.path, AGAIN), RunLock(folder.path):
         tidy(folder.checkpoints)
         with stop.at_once("nothing was begun, so nothing is lost"):
-            base = load_base(config.base, trainable=config.train.method == "full")
-            data = prepare(
-                config.data,
-                base.tokenizer,
-                seed=config.seed,
-                stop_id=stop_id(base),
-                day=day_of(folder),
-            )
+            if base is None:
+                base = load_base(config.base, trainable=config.train.method == "full")
+            else:
+                require_this_base(config, base)
+            if data is None:
+                data = prepare(
+                    config.data,
+                    base.tokenizer,
+                    seed=config.seed,
+                    stop_id=stop_id(base),
+                    day=day_of(folder),
+                )
             agreed = parity_of(
                 data, base.tokenizer, model=config.base.model, model_stop_ids=base.stop_ids
             )
             agreed.refuse()
-            restart_peak(base.device)
+            if alone:
+                restart_peak(base.device)
             predicted = plan(config, rows=data_size(data))
-            if predicted.recompute != "none" or config.train.gradient_checkpointing is True:
-                enable_checkpointing(base)
-        with Run(config, folder, base, data, stop) as run:
+        yield Beat("prepared")
+        recompute = predicted.recompute != "none" or config.train.gradient_checkpointing is True
+        with Run(
+            config, folder, base, data, stop, name=name, recompute=recompute, alone=alone
+        ) as run:
             with stop.at_once("no step was taken, so nothing is lost"):
                 resumed = run.resume()
                 folder.describe(config, origin=origin, text=text)
                 data.ledger.write(folder.ledger)
                 folder.keep_held_out(data, config.evaluate.max_rows)
                 run.tell_parity(agreed)
-                if run.trainee.step < run.total_steps:
-                    predicted = rehearse(run, predicted, resumed=resumed is not None)
-                run.introduce(predicted, resumed)
-            run.settle()
+            if run.trainee.step < run.total_steps:
+                trial = rehearse(run, predicted, resumed=resumed is not None)
+                predicted = yield from at_once(stop, trial, "no step was taken, so nothing is lost")
+            yield from at_once(
+                stop, run.introduce(predicted, resumed), "no step was taken, so nothing is lost"
+            )
+            yield from run.settle()
             run.begin(time.perf_counter() - began)
             limit_tokens = run.trainee.limit_tokens
-            for step in train(
+            for piece in pieces(
                 run.trainee,
                 run.micro_batches,
                 run.collated,
@@ -83,7 +158,10 @@ def finetune(
                 accumulation=config.train.gradient_accumulation_steps,
                 stop=lambda: stop() or run.stopped_early,
             ):
-                run.after(step)
+                if not isinstance(piece, Step):
+                    yield Beat("micro_batch", piece.tokens, piece.trained_tokens)
+                    continue
+                yield from run.after(piece)
                 if run.trainee.limit_tokens != limit_tokens:  # memory did not do after all
                     limit_tokens = run.trainee.limit_tokens
                     predicted = corrected(run, predicted)
@@ -93,5 +171,10 @@ def finetune(
                     f"{stop()} after step {run.trainee.step} of {run.total_steps}: everything is "
                     "saved, and the same command resumes"
                 )
-            with stop.at_once("every step is taken and saved, the result is not written"):
-                return run.finish(predicted, resumed, origin)
+            return (
+                yield from at_once(
+                    stop,
+                    run.finish(predicted, resumed, origin),
+                    "every step is taken and saved, the result is not written",
+                )
+            )

@@ -15,7 +15,37 @@ from pennyweight.model import BaseModel
 from pennyweight.optim import adamw, lr_at
 from pennyweight.train import Trainee
 
-__all__ = ["budget_tokens", "micro_batches", "trainee", "warmup_steps", "what_learns"]
+__all__ = [
+    "budget_tokens",
+    "micro_batches",
+    "require_this_base",
+    "trainee",
+    "warmup_steps",
+    "what_learns",
+]
+
+
+def require_this_base(config: RunConfig, base: BaseModel) -> None:
+    """ConfigError where a resident base is not the one that `config`, resolved, describes, or the
+    run would change it under whoever else reads it."""
+    asked = config.base
+    faults = [
+        f"{key}: the run asks for {wanted}, the resident base is {found}; change it, or run alone"
+        for key, wanted, found in (
+            ("base.model", asked.model, base.name),
+            ("base.quantization", asked.quantization, base.quantization),
+            ("base.dtype", asked.dtype, str(base.dtype).removeprefix("torch.")),
+        )
+        if wanted not in ("auto", found)
+    ]
+    if config.train.method == "full":
+        faults.insert(
+            0,
+            "train.method: full changes the base itself, which others read; set it to lora or "
+            "qlora, or run alone",
+        )
+    if faults:
+        raise ConfigError.all(faults)
 
 
 def micro_batches(config: RunConfig, lengths: np.ndarray, epoch: int) -> list[tuple[int, ...]]:
@@ -40,11 +70,13 @@ def budget_tokens(config: RunConfig) -> int | None:
     return train.batch_size * config.data.max_length
 
 
-def what_learns(base: BaseModel, config: RunConfig) -> dict[str, nn.Parameter]:
-    """Parameters by name: those of a fresh adapter, which is attached, or the whole model's."""
+def what_learns(
+    base: BaseModel, config: RunConfig, name: str = "default"
+) -> dict[str, nn.Parameter]:
+    """Parameters by name: those of a fresh adapter, attached as `name`, or the whole model's."""
     if config.train.method != "full":
-        attach(base, config.adapter, seed=config.seed)
-        return trained_parameters(base, "default")
+        attach(base, config.adapter, name=name, seed=config.seed)
+        return trained_parameters(base, name)
     if base.quantization != "none":
         raise ConfigError("train.method full needs base.quantization none")
     return {name: p for name, p in base.module.named_parameters() if p.requires_grad}
@@ -58,7 +90,11 @@ def warmup_steps(train: TrainConfig, total_steps: int) -> int:
 
 
 def trainee(
-    base: BaseModel, config: RunConfig, parameters: Mapping[str, nn.Parameter], total_steps: int
+    base: BaseModel,
+    config: RunConfig,
+    parameters: Mapping[str, nn.Parameter],
+    total_steps: int,
+    recompute: bool = False,
 ) -> Trainee:
     """These parameters with the optimizer, schedule and clip norm that `config`, resolved, describes."""
     train = config.train
@@ -85,4 +121,5 @@ def trainee(
         ),
         max_grad_norm=train.max_grad_norm,
         seed=config.seed,
+        recompute=recompute,
     )

@@ -19,8 +19,9 @@ import numpy as np
 
 from pennyweight.errors import DiskError, MemoryExhausted
 from pennyweight.evaluate import evaluate_loss, in_batches, read_by
+from pennyweight.finetune.beat import Beat, Beats
 from pennyweight.finetune.learner import budget_tokens
-from pennyweight.finetune.underway import Run, data_size
+from pennyweight.finetune.run import Run, data_size
 from pennyweight.plan import DataSize, Plan, batch_peaks, plan
 from pennyweight.train import is_out_of_memory, peak_memory_bytes, release_cached
 
@@ -30,7 +31,7 @@ __all__ = ["corrected", "heaviest", "rehearse", "undominated"]
 ROWS_LOOKED_UP = 2_000_000
 
 
-def rehearse(run: Run, predicted: Plan, *, resumed: bool) -> Plan:
+def rehearse(run: Run, predicted: Plan, *, resumed: bool) -> Beats[Plan]:
     """Try the worst of the run; gives the plan, corrected where it promised too much.
 
     DiskError: too little room, or the folder cannot be written. MemoryExhausted: one row alone
@@ -44,10 +45,11 @@ def rehearse(run: Run, predicted: Plan, *, resumed: bool) -> Plan:
         f"worst first: {tokens:,} tokens at once, planned {_mb(predicted.counted_peak_bytes)} of "
         f"{_mb(predicted.budget_bytes)}"
     )
-    corrected = _passes(run, predicted, worst)
+    corrected = yield from _passes(run, predicted, worst)
     evaluated = _evaluation(run)
-    if not resumed:
-        run.save()
+    yield Beat("prepared", evaluated)
+    if not resumed and run.save():
+        yield Beat("saved")
     seconds = time.perf_counter() - began
     peak = peak_memory_bytes(run.base.device)
     run.report.event(
@@ -126,13 +128,17 @@ def _longest_together(run: Run) -> tuple[int, ...]:
     return tuple(sorted(chosen.tolist()))
 
 
-def _passes(run: Run, predicted: Plan, worst: Sequence[int]) -> Plan:
+def _passes(run: Run, predicted: Plan, worst: Sequence[int]) -> Beats[Plan]:
     """The training passes; the plan they leave true."""
     accumulating = run.config.train.gradient_accumulation_steps > 1
-    said = list(run.trainee.rehearse(run.collated(worst), accumulating=accumulating))
+    passes = 2 if accumulating else 1
+    batch = run.collated(worst)
+    said = list(run.trainee.rehearse(batch, accumulating=accumulating))
+    yield Beat("prepared", passes * batch.tokens)
     if run.trainee.limit_tokens is not None:  # a row longer than the parts goes alone
-        longest = int(np.argmax(run.data.train.lengths))
-        said += run.trainee.rehearse(run.collated([longest]), accumulating=accumulating)
+        batch = run.collated([int(np.argmax(run.data.train.lengths))])
+        said += run.trainee.rehearse(batch, accumulating=accumulating)
+        yield Beat("prepared", passes * batch.tokens)
     for notice in said:
         run.notice(notice)
     return predicted if run.trainee.limit_tokens is None else corrected(run, predicted)

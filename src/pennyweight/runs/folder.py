@@ -35,9 +35,9 @@ NAMED_TEMPLATES = ("auto", "tokenizer", "plain", "turns", "chatml")
 __all__ = ["HeldOut", "RunFolder", "adapter_slot"]
 
 
-def adapter_slot(config: RunConfig) -> str | None:
+def adapter_slot(config: RunConfig, name: str = "default") -> str | None:
     """The name that documents read: the run's adapter, or None where the whole model was trained."""
-    return None if config.train.method == "full" else "default"
+    return None if config.train.method == "full" else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +176,19 @@ class RunFolder:
         kept = self.path / TEMPLATE
         return data.model_copy(update={"template": str(kept)}) if kept.is_file() else data
 
-    def keep_weights(self, base: BaseModel, config: RunConfig, receipt: Mapping[str, Any]) -> None:
-        """Write what was trained, an adapter in PEFT's layout or a whole Hugging Face folder, with
-        its model card; and the receipt beside it and in the run's folder."""
+    def keep_weights(
+        self,
+        base: BaseModel,
+        config: RunConfig,
+        receipt: Mapping[str, Any],
+        *,
+        name: str | None = "default",
+    ) -> None:
+        """Write what was trained, the adapter attached as `name` in PEFT's layout or a whole Hugging
+        Face folder, with its model card; and the receipt beside it and in the run's folder."""
         text = json.dumps(receipt, indent=2, allow_nan=False) + "\n"
-        if config.train.method != "full":
-            kept = adapter_of(base, "default", config.adapter)
+        if name is not None:
+            kept = adapter_of(base, name, config.adapter)
             held = {
                 "base_quantization": config.base.quantization,
                 "base_double_quantization": config.base.double_quantization,

@@ -11,7 +11,7 @@ from pennyweight.train.checkpoint import (
     tidy,
 )
 from pennyweight.train.lock import RunLock
-from pennyweight.train.loop import StopRequest, planned_steps, train
+from pennyweight.train.loop import MicroBatch, StopRequest, pieces, planned_steps, train
 from pennyweight.train.memory import (
     disable_checkpointing,
     enable_checkpointing,
@@ -26,6 +26,7 @@ from pennyweight.train.trainee import Step, Trainee
 
 __all__ = [
     "CheckpointState",
+    "MicroBatch",
     "RunLock",
     "Step",
     "StopRequest",
@@ -37,6 +38,7 @@ __all__ = [
     "load_latest",
     "load_step",
     "peak_memory_bytes",
+    "pieces",
     "planned_steps",
     "random_tensors",
     "release_cached",

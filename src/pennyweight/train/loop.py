@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ from pennyweight.data.batch import Batch
 from pennyweight.errors import Aborted, Interrupted
 from pennyweight.train.trainee import Step, Trainee
 
-__all__ = ["Step", "StopRequest", "planned_steps", "train"]
+__all__ = ["MicroBatch", "Step", "StopRequest", "pieces", "planned_steps", "train"]
 
 
 def planned_steps(
@@ -41,7 +42,32 @@ def train(
     accumulation: int = 1,
     stop: Callable[[], object] = lambda: None,
 ) -> Iterator[Step]:
-    """Yield optimizer steps from where the trainee stands up to `total_steps`.
+    """Yield optimizer steps from where the trainee stands up to `total_steps`, as `pieces` does."""
+    for piece in pieces(
+        trainee, batches, collate, total_steps=total_steps, accumulation=accumulation, stop=stop
+    ):
+        if isinstance(piece, Step):
+            yield piece
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One micro-batch that went forward and backward; its gradients wait for the step."""
+
+    tokens: int
+    trained_tokens: int
+
+
+def pieces(
+    trainee: Trainee,
+    batches: Callable[[int], Sequence[Sequence[int]]],
+    collate: Callable[[Sequence[int]], Batch],
+    *,
+    total_steps: int,
+    accumulation: int = 1,
+    stop: Callable[[], object] = lambda: None,
+) -> Iterator[MicroBatch | Step]:
+    """Yield every micro-batch and every optimizer step up to `total_steps`.
 
     `batches(epoch)` gives the micro-batches of an epoch as indices, a pure function; `collate` makes
     one of them a Batch. Ends early, between two steps, once `stop()` is true.
@@ -53,7 +79,9 @@ def train(
             assert indices, "an epoch holds at least one micro-batch"
         window = indices[trainee.micro_batch : trainee.micro_batch + accumulation]
         for micro_batch in window:
-            trainee.forward_backward(collate(micro_batch))
+            batch = collate(micro_batch)
+            _, count = trainee.forward_backward(batch)
+            yield MicroBatch(batch.tokens, count)
         passes = trainee.advance(len(window), of=len(indices))
         yield trainee.optim_step(epoch=passes)
 

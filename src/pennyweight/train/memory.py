@@ -7,7 +7,7 @@ else inside a layer is computed again in backward.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ __all__ = [
     "is_out_of_memory",
     "parts",
     "peak_memory_bytes",
+    "recomputing",
     "release_cached",
     "restart_peak",
     "saved_bytes",
@@ -59,6 +60,16 @@ def disable_checkpointing(base: BaseModel) -> None:
     else:
         module.gradient_checkpointing_disable()
     module.eval()
+
+
+@contextlib.contextmanager
+def recomputing(base: BaseModel) -> Iterator[None]:
+    """Checkpointing for the passes inside, of whatever trainee; others of the base go without."""
+    enable_checkpointing(base)
+    try:
+        yield
+    finally:
+        disable_checkpointing(base)
 
 
 def parts(batch: Batch, limit_tokens: int | None) -> list[Batch]:

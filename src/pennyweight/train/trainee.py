@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from pennyweight.lora.layer import stable_seed
 from pennyweight.loss import summed_cross_entropy
 from pennyweight.model import BaseModel
 from pennyweight.optim import load_state_tensors, set_learning_rate, state_tensors
-from pennyweight.train.memory import is_out_of_memory, parts, release_cached
+from pennyweight.train.memory import is_out_of_memory, parts, recomputing, release_cached
 
 __all__ = ["Step", "Trainee"]
 
@@ -54,7 +55,8 @@ class Trainee:
     """What learns: named parameters, their optimizer, schedule, clip norm, seed and counters.
 
     One adapter on a resident base, or the base's own weights. It reads and writes nothing of any
-    other trainee. `learning_rate_at(step)` is asked with the count of steps taken.
+    other trainee. `learning_rate_at(step)` is asked with the count of steps taken. With `recompute`
+    its passes, and no others of the base, compute each layer again in backward.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class Trainee:
         learning_rate_at: Callable[[int], float],
         max_grad_norm: float | None = 1.0,
         seed: int = 0,
+        recompute: bool = False,
         most_skipped: int = _MOST_SKIPPED_IN_A_ROW,
     ) -> None:
         self.base, self.parameters, self.optimizer = base, dict(parameters), optimizer
         self.learning_rate_at, self.max_grad_norm = learning_rate_at, max_grad_norm
-        self.seed, self.most_skipped = seed, most_skipped
+        self.seed, self.recompute, self.most_skipped = seed, recompute, most_skipped
         self.step = 0
         self.epoch = 0
         self.micro_batch = 0
@@ -83,7 +86,7 @@ class Trainee:
         self._window: list[Batch] = []
         self._sums: list[tuple[Tensor, int]] = []
         self._notices: list[str] = []
-        self._began = 0.0
+        self._seconds = 0.0  # of this trainee's own work towards the step
 
     def forward_backward(self, batch: Batch) -> tuple[Tensor, int]:
         """Add the batch's gradient of the summed loss; gives that sum and its count.
@@ -92,8 +95,7 @@ class Trainee:
         smaller parts, so what accumulates is the same (but for the inputs that dropout picks).
         MemoryExhausted: one document is too long.
         """
-        if not self._window:
-            self._began = time.perf_counter()
+        began = time.perf_counter()
         self._window.append(batch)
         waiting = [len(self._window) - 1]
         while (failed := self._accumulate(waiting)) is not None:
@@ -101,6 +103,7 @@ class Trainee:
             release_cached(self.base.device)
             self._halve(failed)
             waiting = list(range(len(self._window)))
+        self._seconds += time.perf_counter() - began
         return self._sums[-1]
 
     def rehearse(self, batch: Batch, *, accumulating: bool = False) -> tuple[str, ...]:
@@ -116,7 +119,7 @@ class Trainee:
             return tuple(self._notices)
         finally:
             self._drop_gradients()
-            self._window, self._notices = [], []
+            self._window, self._notices, self._seconds = [], [], 0.0
 
     def advance(self, micro_batches: int, *, of: int) -> float:
         """Move on in an epoch of `of` micro-batches; gives the passes over the data made so far."""
@@ -132,6 +135,7 @@ class Trainee:
         DivergedError names its rows when that happens too often in a row.
         """
         assert self._window, "forward_backward comes first"
+        began = time.perf_counter()
         count = sum(n for _, n in self._sums)
         losses = torch.stack([total for total, _ in self._sums]).tolist()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -156,13 +160,13 @@ class Trainee:
             tokens=sum(batch.tokens for batch in self._window),
             learning_rate=rate,
             grad_norm=summed_norm / max(1, count),
-            seconds=time.perf_counter() - self._began,
+            seconds=self._seconds + time.perf_counter() - began,
             epoch=epoch,
             skipped=not finite or count == 0,
             notices=tuple(self._notices),
         )
         self._drop_gradients()
-        self._window, self._notices = [], []
+        self._window, self._notices, self._seconds = [], [], 0.0
         return step
 
     def tensors(self) -> dict[str, Tensor]:
@@ -211,7 +215,7 @@ class Trainee:
             for number, part in enumerate(parts(self._window[place], self.limit_tokens)):
                 seed = stable_seed(self.seed, "dropout", self.step, place, number)
                 try:
-                    part_total, part_count = _forward_backward(self.base, part, seed)
+                    part_total, part_count = self._pass(part, seed)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -219,6 +223,10 @@ class Trainee:
                 total, count = total + part_total, count + part_count
             self._sums.append((total, count))
         return None
+
+    def _pass(self, batch: Batch, seed: int) -> tuple[Tensor, int]:
+        with recomputing(self.base) if self.recompute else nullcontext():
+            return _forward_backward(self.base, batch, seed)
 
     def _halve(self, failed: Batch) -> None:
         if len(failed.sources) == 1:
@@ -274,7 +282,7 @@ class Trainee:
             for part in parts(batch, 1):
                 self._drop_gradients()
                 seed = stable_seed(self.seed, "dropout", self.step, 0, 0)
-                total, _ = _forward_backward(self.base, part, seed)
+                total, _ = self._pass(part, seed)
                 if not math.isfinite(float(total)) or not math.isfinite(self._gradient_norm()):
                     found += part.sources
         self._drop_gradients()

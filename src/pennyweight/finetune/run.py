@@ -7,15 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from pennyweight.config import RunConfig
 from pennyweight.data.batch import Batch, collate
 from pennyweight.data.examples import Examples
 from pennyweight.data.limits import LIMITS
 from pennyweight.data.prepare import Prepared
 from pennyweight.errors import DiskError, Interrupted
-from pennyweight.evaluate import LossReport, evaluate_loss, in_batches, paired, read_by
+from pennyweight.evaluate import LossReport, in_batches, loss_by_batch, paired, read_by
+from pennyweight.finetune.beat import Beat, Beats, at_once
 from pennyweight.finetune.learner import micro_batches, trainee, warmup_steps, what_learns
 from pennyweight.finetune.tally import Tally
+from pennyweight.lora import detach
 from pennyweight.model import BaseModel
 from pennyweight.plan import DataSize, Plan
 from pennyweight.report import Report, plot_losses, read_events
@@ -90,17 +94,23 @@ class Run:
         base: BaseModel,
         data: Prepared,
         stop: StopRequest,
+        *,
+        name: str = "default",
+        recompute: bool = False,
+        alone: bool = True,
     ) -> None:
+        """`name`: the adapter's among those of the base. `alone`: base and process are this run's
+        own, so the process's random states are part of what it saves and takes up."""
         self.config, self.folder, self.base, self.data = config, folder, base, data
         self.stop = stop
-        self.slot = adapter_slot(config)
-        self.parameters = what_learns(base, config)
+        self.slot = adapter_slot(config, name)
+        self.random = None if alone else random_tensors()
+        self.parameters: dict[str, nn.Parameter] = {}
         self.total_steps = config.train.max_steps or planned_steps(
             self.micro_batches,
             epochs=config.train.epochs,
             accumulation=config.train.gradient_accumulation_steps,
         )
-        self.trainee = trainee(base, config, self.parameters, self.total_steps)
         self.eval_every = config.train.eval_steps or max(1, self.total_steps // 10)
         self.save_every = config.train.save_steps or self.eval_every
         self.best_step, self.best_loss, self.misses = 0, math.inf, 0
@@ -112,11 +122,24 @@ class Run:
         self.saved: tuple[int, bool] | None = None  # the step last saved, and what it owed
         self.notices: list[str] = []
         self.report = Report(folder.path, sinks=config.train.report_to)
+        try:
+            self.parameters = what_learns(base, config, name)
+            self.trainee = trainee(base, config, self.parameters, self.total_steps, recompute)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the adapter off the base again, and close the log."""
+        if self.slot is not None and self.parameters:
+            detach(self.base, self.slot)
+            self.parameters = {}
         self.report.close()
 
     def micro_batches(self, epoch: int) -> list[tuple[int, ...]]:
@@ -153,7 +176,10 @@ class Run:
 
     def _restore(self, state: CheckpointState) -> None:
         self.trainee.restore(state.tensors, state.progress)
-        restore_random(state.tensors)
+        if self.random is None:
+            restore_random(state.tensors)
+        else:
+            self.random = {n: t for n, t in state.tensors.items() if n.startswith("random/")}
         own = state.progress["run"]
         self.best_step, self.best_loss = own["best_step"], own["best_loss"] or math.inf
         self.misses, self.stopped_early = own["misses"], own["stopped_early"]
@@ -172,7 +198,7 @@ class Run:
         for line in (agreed.sentence(), *agreed.notes):
             self.report.say(line)
 
-    def introduce(self, predicted: Plan, resumed: int | None) -> None:
+    def introduce(self, predicted: Plan, resumed: int | None) -> Beats[None]:
         """Say what is about to happen, and measure the base before anything is learned."""
         for line in self.data.ledger.lines():
             self.report.say(line)
@@ -186,7 +212,7 @@ class Run:
             data=self.data.ledger.summary(),
             planned_peak_bytes=predicted.counted_peak_bytes,
         )
-        self.tally.before = self._loss_report(None)
+        self.tally.before = yield from self._loss_report(None)
         if self.tally.before is not None:
             self.report.evaluation(0, self.tally.before.loss)
 
@@ -196,7 +222,7 @@ class Run:
         self.report.event("first_step", seconds=seconds)
         self.report.say(f"first step after {seconds:.1f} s")
 
-    def after(self, step: Step) -> None:
+    def after(self, step: Step) -> Beats[None]:
         """What follows an optimizer step: report, evaluate, checkpoint."""
         self.tally.add(seconds=step.seconds, tokens=step.tokens)
         self.report.step(step, total_steps=self.total_steps, every=self.config.train.logging_steps)
@@ -204,29 +230,33 @@ class Run:
             self.notice(notice)
         last = step.number == self.total_steps
         self.owes_evaluation = step.number % self.eval_every == 0 or last
-        self.settle()
-        if step.number % self.save_every == 0 or last:
-            self.save()
+        yield Beat("stepped", step=step)
+        yield from self.settle()
+        if (step.number % self.save_every == 0 or last) and self.save():
+            yield Beat("saved")
 
-    def settle(self) -> None:
+    def settle(self) -> Beats[None]:
         """Make the evaluation that is due, and save what came of it. A stop request leaves it due:
         the checkpoint says so, and the resumed run begins with it.
         """
         if not self.owes_evaluation:
             return
+        measuring = self._loss_report(self.slot)
         try:
-            with self.stop.at_once("the evaluation is made when the run resumes"):
-                loss = self._held_out(self.slot)
+            found = yield from at_once(
+                self.stop, measuring, "the evaluation is made when the run resumes"
+            )
         except Interrupted:
             return
         self.owes_evaluation = False
-        if loss is not None and self._judge(loss):
-            self.save()
+        if found is not None and self._judge(found.loss) and self.save():
+            yield Beat("saved")
 
-    def save(self) -> None:
-        """A checkpoint of this instant, if there is none yet; older ones make room."""
+    def save(self) -> bool:
+        """A checkpoint of this instant, if there is none yet; older ones make room. Whether it was
+        written."""
         if self.saved == (self.trainee.step, self.owes_evaluation):
-            return
+            return False
         self.tally.saw(peak_memory_bytes(self.base.device))
         own = {
             "best_step": self.best_step,
@@ -241,15 +271,18 @@ class Run:
         }
         state = CheckpointState(
             step=self.trainee.step,
-            tensors=self.trainee.tensors() | random_tensors(),
+            tensors=self.trainee.tensors() | (self.random or random_tensors()),
             progress=self.trainee.progress() | {"run": own, "versions": versions()},
             identity=self.identity(),
         )
         save(self.folder.checkpoints, state)
         self.saved = (self.trainee.step, self.owes_evaluation)
         retire(self.folder.checkpoints, self.config.train.save_total_limit, self.best_step)
+        return True
 
-    def finish(self, predicted: Plan, resumed: int | None, origin: Mapping[str, str]) -> RunResult:
+    def finish(
+        self, predicted: Plan, resumed: int | None, origin: Mapping[str, str]
+    ) -> Beats[RunResult]:
         """Write the best weights out, with the receipt, the card and the picture.
 
         `origin`: where each setting's value comes from, for the receipt.
@@ -257,7 +290,7 @@ class Run:
         steps, trained_tokens = self.trainee.step, self.trainee.trained_tokens_seen
         if self.best_step and self.best_step != self.trainee.step:
             self._take_up_best()
-        before, after = self.tally.before, self._loss_report(self.slot)
+        before, after = self.tally.before, (yield from self._loss_report(self.slot))
         change = paired(before, after) if before is not None and after is not None else None
         # A finished run that is looked at again has trained nothing; its peak is the earlier one.
         if resumed != self.total_steps:
@@ -291,6 +324,7 @@ class Run:
             self.base,
             self.config,
             receipt_of(self.config, origin, self.base, self.data, predicted, outcome),
+            name=self.slot,
         )
         self.report.event("finished", **result.to_dict())
         try:
@@ -344,16 +378,21 @@ class Run:
             )
         return improved or self.stopped_early
 
-    def _held_out(self, adapter: str | None) -> float | None:
-        report = self._loss_report(adapter)
-        return None if report is None else report.loss
-
-    def _loss_report(self, adapter: str | None) -> LossReport | None:
+    def _loss_report(self, adapter: str | None) -> Beats[LossReport | None]:
         rows = self.held_out_rows
         if not len(rows):
             return None
         batches = in_batches(rows, budget_tokens=self.evaluation_tokens)
-        return evaluate_loss(self.base, read_by(batches, adapter))
+        measuring = loss_by_batch(self.base, read_by(batches, adapter))
+        while True:
+            try:
+                batch = next(measuring)
+            except StopIteration as done:
+                report: LossReport = done.value
+                break
+            yield Beat("evaluated", batch.tokens)
+        yield Beat("evaluated", loss=report.loss)
+        return report
 
     def _became(self, predicted: Plan) -> dict[str, Any]:
         """What the settings that leave the choice to the run were settled to."""
