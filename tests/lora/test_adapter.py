@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pennyweight.lora import (
     attach,
     attached,
     check_name,
+    content_hash,
     described,
     detach,
     trained_parameters,
@@ -88,6 +90,33 @@ def test_save_and_load_are_inverse(tiny_model_folder, tmp_path, family):
     again = base_of(tiny_model_folder(family))
     attach(again, Adapter.load(tmp_path / "a"), name="back")
     assert torch.equal(logits(again, "back"), before)
+
+
+def test_a_version_is_what_the_adapter_says_and_no_more(tiny_llama_folder, tmp_path):
+    base = base_of(tiny_llama_folder)
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=("lm_head",))
+    attach(base, config)
+    shake(base)
+    kept = described(adapter_of(base, "default", config), base)
+    version = content_hash(kept)
+    kept.save(tmp_path / "a")
+    assert content_hash(Adapter.load(tmp_path / "a")) == version
+    again = replace(Adapter.load(tmp_path / "a"), about={}, notes=("said",), base_name="moved")
+    assert content_hash(again) == version
+    first = next(iter(kept.factors))
+    a, b = kept.factors[first]
+    nudged = b.detach().clone()
+    nudged.view(-1)[3] = torch.nextafter(nudged.view(-1)[3], torch.tensor(9.0))
+    others = [
+        replace(kept, factors=kept.factors | {first: (a, nudged)}),
+        replace(kept, factors=kept.factors | {first: (a.half(), b.half())}),
+        replace(kept, factors={"other": kept.factors[first]}),
+        replace(kept, saved={}),
+        replace(kept, config=config.model_copy(update={"lora_alpha": 17.0})),
+        replace(kept, config=config.model_copy(update={"use_rslora": True})),
+        replace(kept, base_fingerprint=None),
+    ]
+    assert len({version, *map(content_hash, others)}) == 1 + len(others)
 
 
 @pytest.mark.parametrize("tied", [False, True])

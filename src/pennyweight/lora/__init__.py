@@ -1,6 +1,6 @@
 """Low-rank adapters: the formula, the layer, the value, and their place beside a base."""
 
-from pennyweight.lora.adapter import Adapter
+from pennyweight.lora.adapter import Adapter, content_hash
 from pennyweight.lora.binding import (
     adapter_of,
     attach,
@@ -21,6 +21,7 @@ __all__ = [
     "attached",
     "check_fit",
     "check_name",
+    "content_hash",
     "described",
     "detach",
     "lora_delta",

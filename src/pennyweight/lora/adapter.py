@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pennyweight.config import LoraConfig
@@ -32,7 +35,7 @@ from pennyweight.lora.peft_layout import (
 )
 from pennyweight.lora.targets import alpha_of, ends_with, rank_of
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "content_hash"]
 
 OURS, CARD = "pennyweight.json", "README.md"
 FINGERPRINT = re.compile(r"[0-9a-f]{1,128}")
@@ -134,6 +137,33 @@ def scaling_of(module: str, config: LoraConfig) -> float:
     """alpha / r at one module, or alpha / sqrt(r) with rsLoRA."""
     r = rank_of(module, config)
     return alpha_of(module, config) / (math.sqrt(r) if config.use_rslora else r)
+
+
+def content_hash(adapter: Adapter) -> str:
+    """SHA-256 of what the adapter adds to its base: every tensor with its place and type, the scaling
+    of every pair, and the base's fingerprint. It names an immutable version.
+
+    How targets were spelled, dropout and notes change nothing that the adapter says, so they are not
+    in it, and saving and loading again leaves it as it is.
+    """
+    digest = hashlib.sha256()
+
+    def add(*entry: Any, tensor: Tensor | None = None) -> None:
+        if tensor is not None:
+            entry = (*entry, str(tensor.dtype), list(tensor.shape))
+        digest.update(json.dumps(entry).encode() + b"\n")
+        if tensor is not None:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+
+    add("pennyweight adapter", 1, adapter.base_fingerprint)
+    for module in sorted(adapter.factors):
+        a, b = adapter.factors[module]
+        add(module, "A", adapter.scaling(module), tensor=a)
+        add(module, "B", tensor=b)
+    for module in sorted(adapter.saved):
+        add(module, "whole", tensor=adapter.saved[module])
+    return digest.hexdigest()
 
 
 def _why_not(folder: Path) -> str:
