@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pennyweight.cli.adapters import adapters
 from pennyweight.cli.ending import run_command
 from pennyweight.cli.verbs import app
 
 __all__ = ["app", "main"]
+
+app.add_typer(adapters)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
