@@ -124,11 +124,15 @@ class Hub(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/api/repos/create":
             asked = json.loads(raw)
-            assert asked["private"] is True
+            private = asked.get("private") is True or asked.get("visibility") == "private"
+            self.commits["asked privately" if private else "asked publicly"] = {}
             self.answer({"url": "http://127.0.0.1/owner/sql", "name": "owner/sql"})
+        elif self.path == "/api/validate-yaml":  # of the model card
+            self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
-            files = [{**f, "uploadMode": "regular"} for f in json.loads(raw)["files"]]
-            self.answer({"files": [{k: f[k] for k in ("path", "uploadMode")} for f in files]})
+            told = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": each["path"], **told} for each in json.loads(raw)["files"]]
+            self.answer({"files": files})
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in raw.splitlines()]
             files = {
@@ -145,7 +149,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, _ = self.path.partition("?")
-        oids = {key for key in self.commits if key != "main"}
+        oids = {key for key in self.commits if re.fullmatch("[0-9a-f]{40}", key)}
         if match := re.fullmatch(r"/api/models/owner/sql(?:/revision/(\w+))?", path):
             at = match[1] or "main"
             if at not in self.commits:
@@ -198,6 +202,7 @@ def test_the_hub_there_and_back(
 ) -> None:
     version = registry.add(adapter_at("one"), name="sql")
     sent = push(version, "hf://owner/sql")
+    assert "asked privately" in hub
     assert set(hub["main"]) == {*version.files, RECORD}
     assert (
         hub["main"]["adapter_config.json"] == (version.folder / "adapter_config.json").read_bytes()

@@ -154,7 +154,7 @@ def content_hash(adapter: Adapter) -> str:
         digest.update(json.dumps(entry).encode() + b"\n")
         if tensor is not None:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
 
     add("pennyweight adapter", 1, adapter.base_fingerprint)
     for module in sorted(adapter.factors):

@@ -171,13 +171,13 @@ def _hub_address(address: str) -> tuple[str, str | None]:
 
 @contextmanager
 def _hub_faults(address: str) -> Iterator[None]:
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors
 
-    known = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, httpx.HTTPError)
+    # Its client's own faults, whichever library that client is of.
+    network = getattr(errors, "HTTPError", OSError)
     try:
         yield
-    except known as fault:
+    except (errors.HFValidationError, errors.LocalEntryNotFoundError, OSError, network) as fault:
         reason = (str(fault).strip() or type(fault).__name__).splitlines()[0][:200]
         raise ConfigError(
             f"{HUB}{address}: the Hub did not do it ({reason}); check the name, the network, and HF_TOKEN"

@@ -310,6 +310,10 @@ def check_tag(tag: str) -> str:
     return tag
 
 
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
 def adapter_folder(source: Path) -> Path:
     """The folder in PEFT's layout that `source` is, or that a run left in it."""
     if (source / SETTINGS).is_file():
@@ -380,9 +384,9 @@ def _recorded(
         notes=tuple(notes),
     )
     data = (version.receipt() or {}).get("data")
-    mark = _text(data.get("fingerprint")) if isinstance(data, Mapping) else None
-    if mark and HASH.fullmatch(mark):
-        version = replace(version, data=mark)
+    rows = _text(data.get("fingerprint")) if isinstance(data, Mapping) else None
+    if rows and HASH.fullmatch(rows):
+        version = replace(version, data=rows)
     (folder / RECORD).write_text(version.text(), encoding="utf-8")
     return version
 
