@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.registry.conftest import adapter_at  # noqa: F401 - a fixture
 
 from pennyweight import cli
-from tests.registry.conftest import adapter_at  # noqa: F401 - a fixture
 
 VERBS = ["list", "add", "show", "tag", "untag", "diff", "lineage", "push", "pull", "remove"]
 
