@@ -242,7 +242,7 @@ class Registry:
         make_folder(place)
         if not (place / version.hash).exists():
             with whole(place / version.hash) as partial:
-                partial.write_text(datetime.now(UTC).isoformat(timespec="seconds") + "\n")
+                partial.write_text(datetime.now(UTC).isoformat(timespec="microseconds") + "\n")
         for tag in dict.fromkeys((*tags, LATEST)):
             self._point(name, tag, version)
 
