@@ -11,7 +11,19 @@ from tests.registry.conftest import adapter_at  # noqa: F401 - a fixture
 
 from pennyweight import cli
 
-VERBS = ["list", "add", "show", "tag", "untag", "diff", "lineage", "push", "pull", "remove"]
+VERBS = [
+    "list",
+    "add",
+    "show",
+    "tag",
+    "untag",
+    "diff",
+    "lineage",
+    "uniform",
+    "push",
+    "pull",
+    "remove",
+]
 
 
 @pytest.fixture

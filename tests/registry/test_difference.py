@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pennyweight.registry import Registry, difference, loaders
+from pennyweight.registry import Registry, difference, keep_uniform, loaders
 
 
 def test_only_what_differs_is_told_and_both_sides_figures(
@@ -48,3 +48,17 @@ def test_who_loads_it_as_it_is(
 ) -> None:
     version = registry.add(adapter_at("one", **how), name="a")
     assert {each.tool for each in loaders(version) if each.faults} == faulted
+
+
+def test_the_uniform_form_loads_everywhere(registry: Registry, adapter_at: Any) -> None:
+    version = registry.add(
+        adapter_at("one", alpha_pattern={"q_proj": 4.0}, use_rslora=True), name="a"
+    )
+    plain = keep_uniform(registry, "a", name="a-plain")
+    assert not [each for each in loaders(plain) if each.faults]
+    assert (plain.parent, plain.data, plain.held_out()) == (
+        version.hash,
+        version.data,
+        version.held_out(),
+    )
+    assert registry.lineage(plain) == [plain, version]

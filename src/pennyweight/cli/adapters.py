@@ -155,6 +155,23 @@ def lineage(reference: Reference, registry: Folder = None, as_json: Json = False
 
 
 @adapters.command()
+def uniform(
+    reference: Reference,
+    name: Name,
+    tag: Tags = None,
+    registry: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Keep the same adapter in the form every server loads: one rank, alpha over rank."""
+    from pennyweight.registry import keep_uniform
+
+    with show.Printer(as_json) as printer:
+        kept = _registry(registry)
+        version = keep_uniform(kept, reference, name=name, tags=tag or ())
+        _give(printer, kept, version)
+
+
+@adapters.command()
 def push(
     reference: Reference,
     target: Annotated[

@@ -12,6 +12,7 @@ from pennyweight.lora.binding import (
 )
 from pennyweight.lora.fit import check_fit
 from pennyweight.lora.layer import LoraLinear, lora_delta
+from pennyweight.lora.uniform import uniform
 
 __all__ = [
     "Adapter",
@@ -26,4 +27,5 @@ __all__ = [
     "detach",
     "lora_delta",
     "trained_parameters",
+    "uniform",
 ]

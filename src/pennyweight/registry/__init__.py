@@ -1,7 +1,7 @@
 """Adapters one keeps: immutable versions named by what they hold, names and tags that move, lineage."""
 
 from pennyweight.registry.difference import Difference, difference
-from pennyweight.registry.portability import Loader, loaders
+from pennyweight.registry.portability import Loader, keep_uniform, loaders
 from pennyweight.registry.record import Version
 from pennyweight.registry.remote import pull, push
 from pennyweight.registry.store import Registry, default_folder
@@ -13,6 +13,7 @@ __all__ = [
     "Version",
     "default_folder",
     "difference",
+    "keep_uniform",
     "loaders",
     "pull",
     "push",

@@ -1,4 +1,4 @@
-"""Which other tools load a version as it is, and why one does not.
+"""Which other tools load a version as it is, why one does not, and the form that all of them load.
 
 Read in their sources: vLLM's `lora/peft_helper.py`, LoRAX's `adapters/lora.py`, SGLang's
 `lora/lora.py` and `lora_config.py`, llama.cpp's `convert_lora_to_gguf.py` and `llama-adapter.h`. None
@@ -7,11 +7,15 @@ of them was run here; docs/registry.md says what was read.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pennyweight.registry.record import Version
+from pennyweight.registry.record import KEPT, Version
+from pennyweight.registry.store import Registry
 
-__all__ = ["Loader", "loaders"]
+__all__ = ["Loader", "keep_uniform", "loaders"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +55,20 @@ def loaders(version: Version) -> tuple[Loader, ...]:
 
 def _loader(tool: str, *faults: tuple[bool, str]) -> Loader:
     return Loader(tool, tuple(said for there, said in faults if there))
+
+
+def keep_uniform(
+    registry: Registry, reference: str, *, name: str, tags: Iterable[str] = ()
+) -> Version:
+    """Keep the same adapter as one rank and one scaling, a child of the version it says the same as."""
+    from pennyweight.lora import Adapter, uniform
+
+    version = registry.resolve(reference)
+    version.check()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = uniform(Adapter.load(version.folder)).save(temporary)
+        # Its card, receipt and template are the version's: it was trained once.
+        for kept in KEPT[3:]:
+            if (version.folder / kept).is_file():
+                shutil.copyfile(version.folder / kept, folder / kept)
+        return registry.add(folder, name=name, tags=tags, parent=version.hash)
