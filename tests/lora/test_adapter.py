@@ -114,6 +114,7 @@ def test_a_version_is_what_the_adapter_says_and_no_more(tiny_llama_folder, tmp_p
         replace(kept, saved={}),
         replace(kept, config=config.model_copy(update={"lora_alpha": 17.0})),
         replace(kept, config=config.model_copy(update={"use_rslora": True})),
+        replace(kept, config=config.model_copy(update={"alpha_pattern": {"q_proj": 4.0}})),
         replace(kept, base_fingerprint=None),
     ]
     assert len({version, *map(content_hash, others)}) == 1 + len(others)

@@ -140,8 +140,8 @@ def scaling_of(module: str, config: LoraConfig) -> float:
 
 
 def content_hash(adapter: Adapter) -> str:
-    """SHA-256 of what the adapter adds to its base: every tensor with its place and type, the scaling
-    of every pair, and the base's fingerprint. It names an immutable version.
+    """SHA-256 of what the adapter adds to its base: every tensor with its place and type, the settings
+    that scale them, and the base's fingerprint. It names an immutable version.
 
     How targets were spelled, dropout and notes change nothing that the adapter says, so they are not
     in it, and saving and loading again leaves it as it is.
@@ -156,10 +156,13 @@ def content_hash(adapter: Adapter) -> str:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
 
+    config = adapter.config
     add("pennyweight adapter", 1, adapter.base_fingerprint)
+    add(config.r, config.lora_alpha, config.use_rslora)
+    add(*(sorted(table.items()) for table in (config.rank_pattern, config.alpha_pattern)))
     for module in sorted(adapter.factors):
         a, b = adapter.factors[module]
-        add(module, "A", adapter.scaling(module), tensor=a)
+        add(module, "A", tensor=a)
         add(module, "B", tensor=b)
     for module in sorted(adapter.saved):
         add(module, "whole", tensor=adapter.saved[module])
