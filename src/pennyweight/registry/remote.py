@@ -44,10 +44,11 @@ def push(version: Version, target: str, *, public: bool = False, replace: bool =
     version.check()
     if target.startswith(HUB):
         return _push_to_hub(version, target.removeprefix(HUB), public)
+    address = target
     if "://" not in target:
         _refuse_hub_id(target)
-        target = Path(target).expanduser().absolute().as_uri()
-    system, place = _opened(target)
+        address = Path(target).expanduser().absolute().as_uri()
+    system, place = _opened(address)
     with _remote_faults(target):
         _clear(system, place, version, target, replace)
         for name in (*version.files, RECORD):
