@@ -158,8 +158,9 @@ def content_hash(adapter: Adapter) -> str:
 
     config = adapter.config
     add("pennyweight adapter", 1, adapter.base_fingerprint)
-    add(config.r, config.lora_alpha, config.use_rslora)
-    add(*(sorted(table.items()) for table in (config.rank_pattern, config.alpha_pattern)))
+    add(config.r, float(config.lora_alpha), config.use_rslora)
+    add(sorted(config.rank_pattern.items()))
+    add(sorted((module, float(alpha)) for module, alpha in config.alpha_pattern.items()))
     for module in sorted(adapter.factors):
         a, b = adapter.factors[module]
         add(module, "A", tensor=a)
