@@ -33,14 +33,14 @@ def rewrite(folder: Path, change: Any) -> None:
 def test_saved_is_loaded(tmp_path: Path) -> None:
     found = load_folder(saved(tmp_path / "a"))
     assert found is not None
-    assert found[0]["train"][0].ids.tolist() == [0, 1, 2]
-    assert found[1] == {"fact": 1}
+    assert found.parts["train"][0].ids.tolist() == [0, 1, 2]
+    assert found.facts == {"fact": 1}
 
 
 def outside(manifest: dict[str, Any]) -> dict[str, Any]:
     """The same arrays, named where they stand in the folder beside."""
     sums = {f"../b/{name}": digest for name, digest in manifest["sha256"].items()}
-    return manifest | {"sha256": sums, "sources": {"../b/train": manifest["sources"]["train"]}}
+    return manifest | {"sha256": sums, "parts": ["../b/train"]}
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,9 @@ def outside(manifest: dict[str, Any]) -> dict[str, Any]:
         outside,
         lambda m: m | {"sha256": {}},
         lambda m: m | {"sha256": {**m["sha256"], "/etc/passwd": "0"}},
-        lambda m: m | {"sources": []},
-        lambda m: m | {"sources": 5},
+        lambda m: m | {"parts": []},
+        lambda m: m | {"parts": 5},
+        lambda m: m | {"arrays": ["../b/train.ids"]},
         lambda m: [],
         lambda m: None,
     ],

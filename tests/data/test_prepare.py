@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ import pytest
 
 from pennyweight.config import DataConfig, Source
 from pennyweight.data import prepare as room
+from pennyweight.data.conversation import Conversation, Message
 from pennyweight.data.dataset import weighted
 from pennyweight.data.hub import chosen_files
 from pennyweight.data.prepare import Prepared, prepare
 from pennyweight.data.preview import named_rows, preview
+from pennyweight.data.spool import Spool
 from pennyweight.errors import DataError
 
 Run = Callable[..., Prepared]
@@ -90,6 +95,7 @@ def test_a_damaged_cache_is_not_used(run: Run, tmp_path: Path) -> None:
     content[-3] ^= 1
     array.write_bytes(content)
     assert run(train=file).train[0].ids.tolist() == ids
+    assert array.read_bytes() != bytes(content), "the damaged one has made place"
     assert not list((tmp_path / "cache").rglob(".unfinished*"))
 
 
@@ -149,9 +155,13 @@ def test_sources_mix_by_weight(run: Run, tmp_path: Path) -> None:
     prepared = run(train=sources, eval_fraction=0, max_duplicate_share=1)
     names = [source.split(":")[0] for source in prepared.train.sources]
     assert (names.count("one.jsonl"), names.count("two.jsonl")) == (5, 23)
-    assert weighted(10, 2.3, seed=0, name="a") == weighted(10, 2.3, seed=0, name="a")
-    assert weighted(10, 0.5, seed=0, name="a") != weighted(10, 0.5, seed=1, name="a")
-    assert weighted(3, 1.0, seed=0, name="a") == [0, 1, 2]
+    times = weighted(10, 2.3, seed=0, name="a").tolist()
+    assert times == weighted(10, 2.3, seed=0, name="a").tolist()
+    assert (sum(times), set(times)) == (23, {2, 3})
+    assert (
+        weighted(10, 0.5, seed=0, name="a").tolist() != weighted(10, 0.5, seed=1, name="a").tolist()
+    )
+    assert weighted(3, 1.0, seed=0, name="a").tolist() == [1, 1, 1]
 
 
 def test_faults_of_all_files_come_at_once(run: Run, tmp_path: Path) -> None:
@@ -204,9 +214,37 @@ def test_an_unwritable_cache_is_said_not_fatal(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room, "save_folder", full)
+    monkeypatch.setattr(room, "put", full)
     prepared = run(train=write(tmp_path / "my.jsonl", pairs(5)))
     assert "No space left" in prepared.ledger.notes[-1]
+    assert len(prepared.train) + len(prepared.eval) == 5
+    assert not list((tmp_path / "cache" / "data").iterdir())
+
+
+def test_a_value_of_parquet_that_json_lacks_comes_through(tmp_path: Path) -> None:
+    """A spool of rows gives back what it was given, plain or not, forwards and by place."""
+    dated = {"type": "function", "function": {"name": "f", "since": date(2026, 1, 31)}}
+    rows = [
+        Conversation(
+            (Message("user", f"q{i} ☂"), Message("assistant", "a", True, {"x": [i]})), f"r:{i}"
+        )
+        for i in range(40)
+    ]
+    rows[7] = replace(rows[7], tools=(dated,))
+    with closing(Spool(tmp_path)) as spool:
+        for row in rows:
+            spool.append(row)
+        assert list(spool) == rows
+        assert (spool[7], spool[-1]) == (rows[7], rows[39])
+        assert list(spool.view(np.array([9, 7]))[1:]) == [rows[7]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_alike_are_told_whatever_lies_between(run: Run, tmp_path: Path) -> None:
+    rows = [*pairs(5), {"prompt": "x", "completion": " "}, *pairs(3), *pairs(1)]
+    prepared = run(train=write(tmp_path / "my.jsonl", rows), eval_fraction=0, max_duplicate_share=1)
+    found = [(row.source.partition(":")[2], row.same_as) for row in prepared.ledger.rows.repeated]
+    assert found == [(str(i), f"my.jsonl:{j}") for i, j in ((7, 1), (8, 2), (9, 3), (10, 1))]
 
 
 def test_hub_files_of_a_split() -> None:

@@ -216,7 +216,7 @@ def _general(folder: Path) -> Examples:
     found = load_folder(folder / GENERAL)
     if found is None:
         raise DiskError(f"{folder / GENERAL}: missing or changed; the same command makes it again")
-    return found[0][GENERAL]
+    return found.parts[GENERAL]
 
 
 def _size(folder: Path) -> int:

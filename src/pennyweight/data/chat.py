@@ -11,9 +11,11 @@ each trained turn, so that the law still holds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from datetime import datetime
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +29,9 @@ from pennyweight.data.turns import Piece, pieces
 from pennyweight.errors import DataError
 
 __all__ = ["Conversation", "Dropped", "Example", "Message", "Renderer"]
+
+_ROWS_AT_ONCE = 512  # their encodings take about 120 bytes a token while they wait
+_Cut = tuple[str, list[Piece] | Dropped]
 
 
 class Renderer:
@@ -192,17 +197,38 @@ class Renderer:
         self, conversations: Sequence[Conversation]
     ) -> list[tuple[Example, ...] | Dropped]:
         """The same for many, tokenized together; far faster."""
-        cut: list[list[Piece] | Dropped] = [self._pieces(c) for c in conversations]
-        texts = [p.text for row in cut if not isinstance(row, Dropped) for p in row]
-        encodings = iter(self._codec.encode_batch(texts))
-        rendered: list[tuple[Example, ...] | Dropped] = []
-        for conversation, row in zip(conversations, cut, strict=True):
+        return [outcome for _, outcome in self.render_stream(conversations)]
+
+    def render_stream(
+        self, conversations: Iterable[Conversation]
+    ) -> Iterator[tuple[str, tuple[Example, ...] | Dropped]]:
+        """The source of each conversation and what it is rendered to, in order, without end.
+
+        Texts are tokenized in a thread beside this one (the tokenizer lets go of Python's lock and
+        uses all cores), so that templates of the next rows run meanwhile.
+        """
+        with ThreadPoolExecutor(1) as beside:
+            waiting: tuple[list[_Cut], Future[list[Any]]] | None = None
+            for several in _in_groups(conversations, _ROWS_AT_ONCE):
+                cut = [(row.source, self._pieces(row)) for row in several]
+                texts = [p.text for _, row in cut if not isinstance(row, Dropped) for p in row]
+                encodings = beside.submit(self._codec.encode_batch, texts)
+                if waiting is not None:
+                    yield from self._outcomes(waiting[0], waiting[1].result())
+                waiting = cut, encodings
+            if waiting is not None:
+                yield from self._outcomes(waiting[0], waiting[1].result())
+
+    def _outcomes(
+        self, cut: Sequence[_Cut], encodings: Sequence[Any]
+    ) -> Iterator[tuple[str, tuple[Example, ...] | Dropped]]:
+        each = iter(encodings)
+        for source, row in cut:
             if isinstance(row, Dropped):
-                rendered.append(row)
+                yield source, row
                 continue
-            examples = [self._examples(piece, next(encodings)) for piece in row]
-            rendered.append(self._kept(conversation.source, [e for es in examples for e in es]))
-        return rendered
+            examples = [tokens for piece in row for tokens in self._examples(piece, next(each))]
+            yield source, self._kept(source, examples)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         has_one = any(message.role in {"system", "developer", "text"} for message in messages)
@@ -298,3 +324,9 @@ class _Tokens:
 
     def __init__(self, ids: list[int], trained: np.ndarray, stopped: bool) -> None:
         self.ids, self.trained, self.stopped = ids, trained, stopped
+
+
+def _in_groups(rows: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:
+    each = iter(rows)
+    while several := list(islice(each, size)):
+        yield several

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pennyweight.config import DataConfig, Source
 from pennyweight.data.conversation import Conversation
 from pennyweight.data.formats import RowRefusedError, as_conversation, detect, renamed
@@ -24,7 +26,18 @@ from pennyweight.data.read import Faults, Row, data_files, nearest, read_rows, s
 from pennyweight.data.trees import grown
 from pennyweight.errors import DataError
 
-__all__ = ["Located", "Read", "content_sha256", "hold_out", "locate", "read", "weighted"]
+__all__ = [
+    "Located",
+    "Read",
+    "asked_key",
+    "content_sha256",
+    "held_out",
+    "held_out_by_row",
+    "locate",
+    "read",
+    "said_key",
+    "weighted",
+]
 
 HELD_OUT_ROWS = 500
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?$")
@@ -40,12 +53,40 @@ class Located:
     format: str
 
 
-@dataclass(frozen=True, slots=True)
 class Read:
-    """The conversations of one source in file order, and the format they were found in."""
+    """The conversations of one source in file order, read as they are taken; what is wrong is added
+    to `faults`. `format` is the one they were found in, once the first is there.
+    """
 
-    conversations: list[Conversation]
-    format: str
+    def __init__(self, located: Located, columns: Mapping[str, str], faults: Faults) -> None:
+        self._located, self._faults = located, faults
+        self._columns = located.source.columns or columns
+        self.format = located.format
+
+    def __iter__(self) -> Iterator[Conversation]:
+        flat: list[Row] = []
+        for row in _rows(self._located, self._faults):
+            try:
+                value = renamed(row.value, self._columns)
+                if self.format == "auto":
+                    self.format = detect(value)
+                if self.format == "openassistant" and _is_flat(value):
+                    flat.append(Row(row.source, value))  # a tree is whole when the file is
+                    continue
+                conversation = as_conversation(value, row.source, self.format)
+            except RowRefusedError as refused:
+                self._faults.add(row.source, str(refused))
+                if self.format == "auto":
+                    break  # the same fault for every row
+            else:
+                yield conversation
+        for row in grown(flat, self._faults):
+            try:
+                conversation = as_conversation(row.value, row.source, self.format)
+            except RowRefusedError as refused:
+                self._faults.add(row.source, str(refused))
+            else:
+                yield conversation
 
 
 def locate(sources: str | Source | Sequence[str | Source], config: DataConfig) -> list[Located]:
@@ -106,30 +147,7 @@ def content_sha256(located: Located) -> str:
 
 def read(located: Located, columns: Mapping[str, str], faults: Faults) -> Read:
     """All rows of a source as conversations; what is wrong is added to `faults`."""
-    rows = _rows(located, faults)
-    columns = located.source.columns or columns
-    form = located.format
-    conversations: list[Conversation] = []
-    flat: list[Row] = []
-    for row in rows:
-        try:
-            value = renamed(row.value, columns)
-            if form == "auto":
-                form = detect(value)
-            if form == "openassistant" and _is_flat(value):
-                flat.append(Row(row.source, value))
-                continue
-            conversations.append(as_conversation(value, row.source, form))
-        except RowRefusedError as refused:
-            faults.add(row.source, str(refused))
-            if form == "auto":
-                break  # the same fault for every row
-    for row in grown(flat, faults):
-        try:
-            conversations.append(as_conversation(row.value, row.source, form))
-        except RowRefusedError as refused:
-            faults.add(row.source, str(refused))
-    return Read(conversations, form)
+    return Read(located, columns, faults)
 
 
 def _is_flat(value: Any) -> bool:
@@ -158,59 +176,62 @@ def _builtin_identity(source: Source) -> bytes:
     return f"{sys.version}\0{source.split}\0".encode() + code
 
 
-def weighted(count: int, weight: float, *, seed: int, name: str) -> list[int]:
-    """Indices of the rows a source of `count` gives: floor(weight * count) of them, in file order.
+def weighted(count: int, weight: float, *, seed: int, name: str) -> np.ndarray:
+    """How often each row of a source of `count` is taken, floor(weight * count) in all.
 
-    Weight 2.5 gives every row twice and half of them once more; which half is chosen by seed.
+    Weight 2.5 takes every row twice and half of them once more; which half is chosen by seed.
     """
     whole, part = divmod(int(weight * count + 1e-9), count) if count else (0, 0)
-    by_key = sorted(range(count), key=lambda i: _key(f"{name}\0{i}", seed))
-    extra = set(by_key[:part])
-    return [i for i in range(count) for _ in range(whole + (i in extra))]
+    times = np.full(count, whole, np.int64)
+    if part:
+        keys = np.array([_key(f"{name}\0{i}", seed) for i in range(count)], np.uint64)
+        times[np.argsort(keys, kind="stable")[:part]] += 1
+    return times
 
 
-def hold_out(
-    conversations: Sequence[Conversation], fraction: float, *, seed: int
-) -> tuple[list[int], list[int], str]:
-    """Indices to train on, indices held out, and what was kept together: `prompt` or `row`.
-
-    A row is held out by the hash of what it asks, so equal questions are never on both sides. Where
-    one question makes up much of the data, rows are told apart by question and answer together.
-    """
-    groups = [_asked(conversation) for conversation in conversations]
-    kept_together = "prompt"
-    largest = max(Counter(groups).values(), default=0)
-    if largest > max(1, fraction * len(groups)):
-        groups = [_said(conversation) for conversation in conversations]
-        kept_together = "row"
-    keys = {group: _key(group, seed) for group in set(groups)}
-    sizes = Counter(groups)
-    chosen: set[str] = set()
-    taken = 0
-    for group in sorted(keys, key=lambda g: (keys[g], g)):
-        over = taken + sizes[group] > HELD_OUT_ROWS
-        if over or (keys[group] >= fraction and taken) or len(chosen) + 1 >= len(keys):
-            break
-        chosen.add(group)
-        taken += sizes[group]
-    if fraction == 0:
-        chosen = set()
-    train = [i for i, group in enumerate(groups) if group not in chosen]
-    held = [i for i, group in enumerate(groups) if group in chosen]
-    return train, held, kept_together
-
-
-def _asked(conversation: Conversation) -> str:
+def asked_key(conversation: Conversation, seed: int) -> int:
+    """Of what a row asks, as a uniform uint64, the same on every machine."""
     messages = conversation.messages
     before = messages[:-1] if messages[-1].role == "assistant" else messages
-    return json.dumps([(m.role, m.content) for m in before], ensure_ascii=False)
+    return _key(json.dumps([(m.role, m.content) for m in before], ensure_ascii=False), seed)
 
 
-def _said(conversation: Conversation) -> str:
-    return json.dumps([(m.role, m.content) for m in conversation.messages], ensure_ascii=False)
+def said_key(conversation: Conversation, seed: int) -> int:
+    """The same of what is asked and answered."""
+    said = [(m.role, m.content) for m in conversation.messages]
+    return _key(json.dumps(said, ensure_ascii=False), seed)
 
 
-def _key(text: str, seed: int) -> float:
-    """Uniform in [0, 1), the same on every machine."""
+def held_out(keys: np.ndarray, fraction: float) -> np.ndarray | None:
+    """Which rows are held out by their keys, bool `[rows]`; rows of one key are on one side.
+
+    None where one key has more than that share of the rows: they must be told apart otherwise.
+    """
+    groups, of_row, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    if max(sizes, default=0) > max(1, fraction * len(keys)):
+        return None
+    return _lowest(groups, sizes, fraction)[of_row]
+
+
+def held_out_by_row(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """The same whatever the share of a key."""
+    groups, of_row, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    return _lowest(groups, sizes, fraction)[of_row]
+
+
+def _lowest(groups: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which of the groups, in order of their keys, are held out."""
+    chosen, taken = np.zeros(len(groups), np.bool_), 0
+    for number, (key, size) in enumerate(zip(groups.tolist(), sizes.tolist(), strict=True)):
+        over = taken + size > HELD_OUT_ROWS
+        if over or (key / 2**64 >= fraction and taken) or number + 1 >= len(groups):
+            break
+        chosen[number] = fraction > 0
+        taken += size
+    return chosen
+
+
+def _key(text: str, seed: int) -> int:
+    """Uniform over 64 bits, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}\0{text}".encode(errors="surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest()) / 2**64
+    return int.from_bytes(digest.digest())

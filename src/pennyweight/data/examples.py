@@ -1,4 +1,4 @@
-"""Many examples as four flat arrays, so that a hundred thousand rows are one memory-mapped file.
+"""Many examples as a few flat arrays, so that a hundred thousand rows are memory-mapped files.
 
 Example i is `ids[offsets[i]:offsets[i + 1]]`. A folder holds them as `.npy` files without pickle,
 with the SHA-256 of each; it is written whole or not at all and verified when read.
@@ -12,19 +12,32 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
+from pennyweight.data.arrays import GrowingArray, GrowingTexts, Texts, write_array
 from pennyweight.data.conversation import Example
 
-__all__ = ["Examples", "load_folder", "save_folder"]
+__all__ = [
+    "Examples",
+    "ExamplesWriter",
+    "Stored",
+    "load_folder",
+    "put",
+    "save_folder",
+    "unfinished",
+    "write_manifest",
+]
 
-_ARRAYS = ("ids", "trained", "offsets", "whole_lengths")
+_ARRAYS = ("ids", "trained", "offsets", "whole_lengths", "sources", "source_ends")
 _MANIFEST = "manifest.json"
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # of a part: it becomes a file's
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # of a part or an array: it becomes a file's
 
 
 class Examples(Sequence[Example]):
@@ -36,7 +49,7 @@ class Examples(Sequence[Example]):
         trained: np.ndarray,
         offsets: np.ndarray,
         whole_lengths: np.ndarray,
-        sources: Sequence[str],
+        sources: Texts,
         chosen: np.ndarray | None = None,
     ) -> None:
         self._ids, self._trained, self._offsets = ids, trained, offsets
@@ -51,7 +64,7 @@ class Examples(Sequence[Example]):
             np.concatenate([e.trained for e in examples] or [np.zeros(0, bool)]),
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             np.array([e.length_before_cut for e in examples], dtype=np.int64),
-            [e.source for e in examples],
+            Texts.of(e.source for e in examples),
         )
 
     @property
@@ -106,66 +119,150 @@ class Examples(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        assert len(self._chosen) == len(self._sources), "a subset is not what is stored"
-        held = (self._ids, self._trained, self._offsets, self._whole_lengths)
-        return dict(zip(_ARRAYS, held, strict=True))
+    def source(self, index: int) -> str:
+        """Where one example came from."""
+        return self._sources[int(self._chosen[index])]
 
     @property
     def sources(self) -> list[str]:
-        return [self._sources[int(i)] for i in self._chosen]
+        return [self.source(i) for i in range(len(self))]
 
 
-def save_folder(folder: Path, parts: dict[str, Examples], facts: dict[str, Any]) -> None:
+class ExamplesWriter:
+    """Examples of one part of the data, written to a folder as they come."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        self._folder, self._part = folder, part
+        self._ids = GrowingArray(folder / f"{part}.ids.npy", np.int32)
+        self._trained = GrowingArray(folder / f"{part}.trained.npy", np.bool_)
+        self._ends, self._whole_lengths, self._sources = array("q", [0]), array("q"), GrowingTexts()
+
+    def __len__(self) -> int:
+        return len(self._whole_lengths)
+
+    def add(self, example: Example) -> None:
+        self._ids.extend(example.ids)
+        self._trained.extend(example.trained)
+        self._ends.append(self._ends[-1] + len(example.ids))
+        self._whole_lengths.append(example.length_before_cut)
+        self._sources.add(example.source)
+
+    def finished(self) -> Examples:
+        """All of them, memory-mapped."""
+        ids, trained, sources = (
+            self._ids.finished(),
+            self._trained.finished(),
+            self._sources.finished(),
+        )
+        offsets, whole_lengths, letters, ends = (
+            write_array(self._folder / f"{self._part}.{name}.npy", values)
+            for name, values in (
+                ("offsets", np.array(self._ends, np.int64)),
+                ("whole_lengths", np.array(self._whole_lengths, np.int64)),
+                ("sources", sources.letters),
+                ("source_ends", sources.ends),
+            )
+        )
+        return Examples(ids, trained, offsets, whole_lengths, Texts(letters, ends))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """What a folder holds: the examples of each part, further arrays, and plain facts."""
+
+    parts: dict[str, Examples]
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any]
+
+
+def save_folder(folder: Path, parts: Mapping[str, Examples], facts: dict[str, Any]) -> None:
     """Write the examples of each part and what is known of them; the folder appears when whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
-        sums = {}
+    with unfinished(folder.parent) as room:
         for part, examples in parts.items():
-            for name, array in examples.arrays().items():
-                path = unfinished / f"{part}.{name}.npy"
-                with path.open("wb") as file:
-                    np.save(file, array, allow_pickle=False)
-                    file.flush()
-                    os.fsync(file.fileno())
-                sums[path.name] = _sha256(path)
-        sources = {part: examples.sources for part, examples in parts.items()}
-        body = json.dumps({"facts": facts, "sources": sources, "sha256": sums})
-        with (unfinished / _MANIFEST).open("w", encoding="utf-8") as text:
-            text.write(json.dumps({"body_sha256": _sha256_text(body)}) + "\n" + body)
-            text.flush()
-            os.fsync(text.fileno())
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another run wrote the same first
-            raise
+            writer = ExamplesWriter(room, part)
+            for example in examples:
+                writer.add(example)
+            writer.finished()
+        write_manifest(room, parts=list(parts), arrays=(), facts=facts)
+        put(room, folder)
+
+
+@contextmanager
+def unfinished(parent: Path) -> Iterator[Path]:
+    """A hidden folder to write in, gone at the end unless `put` where it belongs."""
+    room = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
+    try:
+        yield room
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(room, ignore_errors=True)
 
 
-def load_folder(folder: Path) -> tuple[dict[str, Examples], dict[str, Any]] | None:
-    """What `save_folder` wrote, memory-mapped; None where it is missing or not what was written."""
+def write_manifest(
+    room: Path, *, parts: Sequence[str], arrays: Sequence[str], facts: dict[str, Any]
+) -> None:
+    """Name what the folder holds, with the sum of each file."""
+    sums = {name: _sha256(room / name) for name in sorted(_files(parts, arrays))}
+    body = json.dumps(
+        {"facts": facts, "parts": list(parts), "arrays": list(arrays), "sha256": sums}
+    )
+    with (room / _MANIFEST).open("w", encoding="utf-8") as text:
+        text.write(json.dumps({"body_sha256": _sha256_text(body)}) + "\n" + body)
+        text.flush()
+        os.fsync(text.fileno())
+
+
+def put(room: Path, folder: Path) -> None:
+    """Give a finished folder its name. Where another run wrote the same first, that one stays; what
+    stands there and is not what was written makes place."""
+    try:
+        room.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        if load_folder(folder) is None:
+            shutil.rmtree(folder)
+            room.rename(folder)
+
+
+def load_folder(folder: Path) -> Stored | None:
+    """What was written, memory-mapped; None where it is missing or not what was written."""
     try:
         head, body = (folder / _MANIFEST).read_text(encoding="utf-8").split("\n", 1)
         if json.loads(head)["body_sha256"] != _sha256_text(body):
             return None
         manifest = json.loads(body)
-        named = {f"{part}.{name}.npy" for part in manifest["sources"] for name in _ARRAYS}
-        if set(manifest["sha256"]) != named or not all(map(_NAME.fullmatch, manifest["sources"])):
+        parts, arrays = manifest["parts"], manifest["arrays"]
+        if not all(map(_NAME.fullmatch, [*parts, *arrays])):
+            return None
+        if set(manifest["sha256"]) != _files(parts, arrays):
             return None
         if any(_sha256(folder / name) != digest for name, digest in manifest["sha256"].items()):
             return None
-        parts = {}
-        for part, sources in manifest["sources"].items():
-            ids, trained, offsets, whole = (
-                np.load(folder / f"{part}.{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in _ARRAYS
-            )
-            parts[part] = Examples(ids, trained, offsets, whole, sources)
+        return Stored(
+            {part: _examples(folder, part) for part in parts},
+            {name: _mapped(folder / f"{name}.npy") for name in arrays},
+            manifest["facts"],
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return parts, manifest["facts"]
+
+
+def _files(parts: Sequence[str], arrays: Sequence[str]) -> set[str]:
+    return {f"{part}.{name}.npy" for part in parts for name in _ARRAYS} | {
+        f"{name}.npy" for name in arrays
+    }
+
+
+def _examples(folder: Path, part: str) -> Examples:
+    ids, trained, offsets, whole, sources, ends = (
+        _mapped(folder / f"{part}.{name}.npy") for name in _ARRAYS
+    )
+    return Examples(ids, trained, offsets, whole, Texts(sources, ends))
+
+
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _sha256(path: Path) -> str:

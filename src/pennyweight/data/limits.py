@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from pennyweight.config import DataConfig
-from pennyweight.data.ledger import Ledger, LedgerRow
+from pennyweight.data.ledger import Ledger, LedgerRow, LedgerRows
 
 __all__ = ["LIMITS", "past_limits"]
 
@@ -34,7 +34,7 @@ def past_limits(ledger: Ledger, config: DataConfig) -> list[str]:
     Each finding is a line with its numbers and the setting's key, the worst rows, and the mend.
     """
     train = ledger.part("train")
-    if all(row.dropped for row in train):
+    if not len(train.kept):
         reasons = [f"  {row_count(n)}: {why}" for why, n in _why(ledger, "train")]
         return [f"data.train: none of {len(train):,} rows can be trained on", *reasons]
     found = [
@@ -46,7 +46,7 @@ def past_limits(ledger: Ledger, config: DataConfig) -> list[str]:
     ]
     if config.eval is not None:
         found += _dropped(ledger, "eval", config)
-    return [*found, *_leaked(train, ledger.part("eval"), config)]
+    return [*found, *_leaked(ledger.part("eval"), config)]
 
 
 def row_count(count: int) -> str:
@@ -55,7 +55,7 @@ def row_count(count: int) -> str:
 
 def _dropped(ledger: Ledger, part: str, config: DataConfig) -> Iterator[str]:
     rows = ledger.part(part)
-    gone = [row for row in rows if row.dropped]
+    gone = rows.dropped
     if not _too_many(len(gone), len(rows), config.max_dropped_share):
         return
     yield (
@@ -70,9 +70,9 @@ def _dropped(ledger: Ledger, part: str, config: DataConfig) -> Iterator[str]:
     yield f"  {mend}; or raise data.max_dropped_share"
 
 
-def _cut(train: Sequence[LedgerRow], config: DataConfig) -> Iterator[str]:
-    kept = _kept(train)
-    short = [row for row in kept if row.cut]
+def _cut(train: LedgerRows, config: DataConfig) -> Iterator[str]:
+    kept = train.kept
+    short = kept.where(kept.column("cut") > 0)
     if not _too_many(len(short), len(kept), config.max_cut_share):
         return
     yield (
@@ -88,18 +88,18 @@ def _cut(train: Sequence[LedgerRow], config: DataConfig) -> Iterator[str]:
     )
 
 
-def _enough(kept: Sequence[LedgerRow], config: DataConfig) -> str:
+def _enough(kept: LedgerRows, config: DataConfig) -> str:
     """Which lengths would do, where each row is one example and its length is known."""
-    sizes = [row.tokens for row in kept]
-    if any(row.examples > 1 for row in kept):
+    sizes = kept.column("tokens")
+    if (kept.column("examples") > 1).any():
         return ""
     enough = int(np.quantile(sizes, 1 - config.max_cut_share, method="higher"))
     return f" ({enough:,} is enough, {max(sizes):,} keeps every row whole)"
 
 
-def _repeated(train: Sequence[LedgerRow], config: DataConfig) -> Iterator[str]:
-    kept = _kept(train)
-    again = [row for row in kept if row.same_as]
+def _repeated(train: LedgerRows, config: DataConfig) -> Iterator[str]:
+    kept = train.kept
+    again = kept.repeated
     if not _too_many(len(again), len(kept), config.max_duplicate_share):
         return
     yield (
@@ -114,25 +114,26 @@ def _repeated(train: Sequence[LedgerRow], config: DataConfig) -> Iterator[str]:
     )
 
 
-def _unknown(train: Sequence[LedgerRow], config: DataConfig) -> Iterator[str]:
-    kept = _kept(train)
-    tokens, unknown = sum(row.tokens for row in kept), sum(row.unknown for row in kept)
+def _unknown(train: LedgerRows, config: DataConfig) -> Iterator[str]:
+    kept = train.kept
+    tokens, unknown = int(kept.column("tokens").sum()), int(kept.column("unknown").sum())
     if unknown <= 1 or unknown <= config.max_unknown_share * tokens:
         return
     yield (
         f"data.max_unknown_share: {unknown:,} of {tokens:,} tokens ({unknown / tokens:.2%}) stand "
         f"for text that the tokenizer has no token for, over {config.max_unknown_share:.2%}"
     )
-    worst = _worst([row for row in kept if row.unknown], lambda row: row.unknown)
+    worst = _worst(kept.where(kept.column("unknown") > 0), lambda row: row.unknown)
     yield f"  the worst: {_named(worst, lambda r: f'{r.unknown:,} of {r.tokens:,} tokens')}"
     yield (
         "  choose a base.model whose tokenizer knows this script; or raise data.max_unknown_share"
     )
 
 
-def _hardly_trained(train: Sequence[LedgerRow], config: DataConfig) -> Iterator[str]:
-    kept = _kept(train)
-    tokens, trained = sum(r.tokens - r.cut for r in kept), sum(r.trained_tokens for r in kept)
+def _hardly_trained(train: LedgerRows, config: DataConfig) -> Iterator[str]:
+    kept = train.kept
+    tokens = int((kept.column("tokens") - kept.column("cut")).sum())
+    trained = int(kept.column("trained_tokens").sum())
     if trained >= config.min_trained_share * tokens:
         return
     yield (
@@ -147,12 +148,9 @@ def _hardly_trained(train: Sequence[LedgerRow], config: DataConfig) -> Iterator[
     )
 
 
-def _leaked(
-    train: Sequence[LedgerRow], held: Sequence[LedgerRow], config: DataConfig
-) -> Iterator[str]:
-    trained = {row.source for row in train}
-    kept = _kept(held)
-    both = [row for row in kept if row.same_as in trained]
+def _leaked(held: LedgerRows, config: DataConfig) -> Iterator[str]:
+    kept = held.kept
+    both = kept.repeated_of_training
     if not _too_many(len(both), len(kept), config.max_leaked_share):
         return
     yield (
@@ -165,10 +163,6 @@ def _leaked(
 
 def _too_many(count: int, of: int, share: float) -> bool:
     return count > 1 and count > share * of
-
-
-def _kept(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
-    return [row for row in rows if row.dropped is None]
 
 
 def _why(ledger: Ledger, part: str) -> list[tuple[str, int]]:

@@ -65,8 +65,8 @@ def named_rows(prepared: Prepared, config: DataConfig, wanted: Sequence[str]) ->
         rows = [r for r in prepared.ledger.rows if r.source == name or _line(r.source) == name]
         found |= {row.source: row for row in rows}
         if not rows:
-            some = [row.source for row in prepared.ledger.rows]
-            near = nearest(name, some[:10_000]) or f"; the first is {some[0]}"
+            some = [row.source for row in prepared.ledger.rows[:10_000]]
+            near = nearest(name, some) or f"; the first is {some[0]}"
             faults.append(f"{name}: no such row, by file and line or by line{near}")
     if faults:
         raise DataError.all(faults)
@@ -87,9 +87,9 @@ def _conversations(config: DataConfig, wanted: set[str]) -> list[Conversation]:
     faults = Faults()
     training, held = located(config)
     places = [*training, *(held or ())]
-    read = [dataset.read(place, config.columns, faults).conversations for place in places]
-    by_source = {c.source: c for conversations in read for c in conversations}
-    return [conversation for source, conversation in by_source.items() if source in wanted]
+    read = (row for place in places for row in dataset.read(place, config.columns, faults))
+    by_source = {row.source: row for row in read if row.source in wanted}
+    return list(by_source.values())
 
 
 def _looked_up(

@@ -55,7 +55,8 @@ def as_trained(rows: Sequence[Conversation], *parts: Examples) -> tuple[Specimen
     """The rows beside the examples that these parts of the data hold of them."""
     found: dict[str, list[Example]] = {row.source: [] for row in rows}
     for part in parts:
-        for number, source in enumerate(part.sources):
+        for number in range(len(part)):
+            source = part.source(number)
             of_row = found.get(source.split("#")[0])
             if of_row is not None and source not in {example.source for example in of_row}:
                 of_row.append(part[number])

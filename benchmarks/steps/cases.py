@@ -1,0 +1,158 @@
+"""What is measured: shapes, modes, tokens a step, and how documents are laid out; the same rows for
+every side, drawn by a seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.random_llama import LlamaShape
+from pennyweight.data.conversation import Example
+
+__all__ = ["CASES_OF", "SHAPES", "Case", "cases_of", "flops", "rows_of", "write_model"]
+
+SHAPES = {
+    "512x8": LlamaShape(512, 1408, 8, 8, 8, 8192),
+    "1024x12": LlamaShape(1024, 2816, 12, 16, 8, 16_384),
+    # For a trial in seconds; its figures say nothing.
+    "quick": LlamaShape(128, 352, 2, 4, 2, 1024),
+}
+RANK, ALPHA = 16, 32
+ADAPTERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`mode`: full, lora, lora16 (weights and products in bf16), qlora (NF4, double quantization) or
+    adapters (four at once over NF4). `layout`: `even` documents of equal length, or `ragged` ones of
+    an Alpaca-like spread, `packed` or `padded`. `steps` are timed, after one or more that are not.
+    """
+
+    mode: str
+    tokens: int
+    layout: str = "even"
+    steps: int = 3
+    warm: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode} {self.tokens} {self.layout}"
+
+    def values(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def cases_of(side: str, shape: str) -> list[Case]:
+    """What one process of a side measures, in this order, what is left out last."""
+    return list(CASES_OF[shape](side))
+
+
+def _small(side: str) -> Iterator[Case]:
+    if side == "trl":
+        for mode in ("qlora", "lora"):
+            yield Case(mode, 2048)
+        yield Case("qlora", 2048, "ragged packed")
+        return
+    if side == "peft compiled":
+        for mode in ("qlora", "lora"):
+            yield Case(mode, 256, steps=6, warm=2)
+        yield Case("qlora", 2048, warm=2, steps=2)
+        return
+    for mode in ("qlora", "lora", "full"):
+        yield Case(mode, 64, steps=12, warm=3)
+        yield Case(mode, 256, steps=6, warm=2)
+        yield Case(mode, 2048, steps=2)
+        if mode == "qlora":
+            yield from _ragged(side)
+    yield Case("lora16", 64, steps=4)
+    yield Case("lora16", 256, steps=2)
+    yield Case("adapters", 256, steps=6, warm=2)
+
+
+def _ragged(side: str) -> Iterator[Case]:
+    yield Case("qlora", 2048, "ragged packed", steps=2)
+    if side != "pennyweight":  # which pads nothing
+        yield Case("qlora", 2048, "ragged padded", steps=2)
+
+
+def _large(side: str) -> Iterator[Case]:
+    yield Case("qlora", 64, steps=4)
+    yield Case("qlora", 256, steps=2)
+    yield Case("qlora", 2048, steps=1, warm=0)
+    yield Case("lora", 64, steps=4)
+    yield Case("lora", 256, steps=2)
+    yield Case("full", 256, steps=2)
+
+
+def _quick(side: str) -> Iterator[Case]:
+    modes = {"trl": ("qlora",), "peft compiled": ("lora",)}
+    for mode in modes.get(side, ("qlora", "lora", "full", "lora16", "adapters")):
+        yield Case(mode, 64, steps=2)
+    if side != "peft compiled":
+        yield Case("qlora", 128, "ragged packed", steps=2)
+    if side == "peft":
+        yield Case("qlora", 128, "ragged padded", steps=2)
+
+
+CASES_OF = {"512x8": _small, "1024x12": _large, "quick": _quick}
+
+
+def rows_of(case: Case, vocab: int, *, seed: int = 0) -> list[Example]:
+    """The documents of one step, `case.tokens` in all, of ids without meaning."""
+    drawn = np.random.default_rng(seed)
+    rows = []
+    for number, length in enumerate(_lengths(case, drawn)):
+        ids = drawn.integers(5, vocab, length).astype(np.int32)
+        first = length // 3 if case.layout.startswith("ragged") else 1
+        rows.append(Example(ids, np.arange(length) >= max(1, first), f"row:{number}", length))
+    return rows
+
+
+def _lengths(case: Case, drawn: np.random.Generator) -> list[int]:
+    """Documents of 512 tokens at most; ragged ones of a spread like instruction data's."""
+    if case.mode == "adapters":
+        return [case.tokens // ADAPTERS] * ADAPTERS
+    if not case.layout.startswith("ragged"):
+        return [min(512, case.tokens)] * max(1, case.tokens // 512)
+    found: list[int] = []
+    while (left := case.tokens - sum(found)) > 0:
+        length = int(np.clip(drawn.lognormal(4.9, 0.7), 16, 512))
+        found.append(length if left - length >= 16 else left)
+    return found
+
+
+def flops(shape: LlamaShape, mode: str, lengths: Sequence[int]) -> float:
+    """Of one step (docs/performance.md): forward, input gradients, attention's backward, and weight
+    gradients or adapters."""
+    d, layers = shape.hidden_size, shape.num_hidden_layers
+    kv = d * shape.num_key_value_heads // shape.num_attention_heads
+    sizes = [(d, d), (d, kv), (d, kv), (d, d), *[(d, shape.intermediate_size)] * 3]
+    linear = layers * sum(a * b for a, b in sizes)
+    head = d * shape.vocab_size
+    adapters = layers * RANK * sum(a + b for a, b in sizes)
+    tokens = sum(lengths)
+    attention = (2 + 5) * d * layers * sum(n * n for n in lengths)
+    each = 4 * linear + 4 * head + (2 * (linear + head) if mode == "full" else 6 * adapters)
+    return float(each * tokens + attention)
+
+
+def write_model(shape: LlamaShape, folder: Path) -> Path:
+    """A folder with random weights in bf16, as models are published."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from pennyweight.builtin import model_folder
+
+    torch.manual_seed(0)
+    settings = shape.config()
+    for name in ("model_type", "architectures", "dtype"):
+        settings.pop(name)
+    LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder()).save_pretrained(folder)
+    (folder / "shape.json").write_text(json.dumps(asdict(shape)))
+    return folder

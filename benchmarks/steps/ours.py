@@ -1,0 +1,84 @@
+"""This project's side of the steps: the trainee and batches that `finetune` uses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.steps.cases import ADAPTERS, ALPHA, RANK
+from pennyweight.config import BaseConfig, LoraConfig, RunConfig, TrainConfig
+from pennyweight.data.batch import Batch, collate
+from pennyweight.data.conversation import Example
+from pennyweight.finetune.learner import what_learns
+from pennyweight.lora import attach, trained_parameters
+from pennyweight.model import load_base
+from pennyweight.optim import adamw
+from pennyweight.train import Trainee
+
+__all__ = ["Ours"]
+
+
+class Ours:
+    def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        self._base: Any = None
+        self._trainees: list[Trainee] = []
+
+    def load(self, model: Path, mode: str) -> None:
+        self._whole_model = mode == "full"
+        quantized = mode in {"qlora", "adapters"}
+        config = RunConfig(
+            base=BaseConfig(
+                model=str(model),
+                quantization="nf4" if quantized else "none",
+                dtype="bfloat16" if mode == "lora16" else "float32",
+                device="cpu",
+            ),
+            adapter=LoraConfig(r=RANK, lora_alpha=ALPHA),
+            train=TrainConfig(method=_METHODS[mode]),  # type: ignore[arg-type]
+        )
+        self._base = base = load_base(config.base)
+        if mode == "adapters":
+            names = [f"a{i}" for i in range(ADAPTERS)]
+            for name in names:
+                attach(base, config.adapter, name=name)
+            learned = [trained_parameters(base, name) for name in names]
+        else:
+            learned = [what_learns(base, config)]
+        self._trainees = [
+            Trainee(base, each, adamw(each), learning_rate_at=lambda step: 1e-4) for each in learned
+        ]
+
+    def take(
+        self, rows: Sequence[Example], layout: str, steps: int, warmed: Callable[[int], None]
+    ) -> list[tuple[float, float]]:
+        assert "padded" not in layout, "nothing is padded here"
+        batches = self._batches(rows)
+        taken = []
+        for number in range(1, steps + 1):
+            began, losses = time.perf_counter(), []
+            # Each adapter's own micro-batch, interleaved: the exact mode.
+            for trainee, batch in zip(self._trainees, batches, strict=True):
+                trainee.forward_backward(batch)
+                losses.append(trainee.optim_step().loss)
+            taken.append((time.perf_counter() - began, sum(losses) / len(losses)))
+            warmed(number)
+        return taken
+
+    def _batches(self, rows: Sequence[Example]) -> list[Batch]:
+        if len(self._trainees) > 1:
+            return [collate([row], f"a{i}") for i, row in enumerate(rows)]
+        return [collate(rows, None if self._whole_model else "default")]
+
+
+_METHODS = {
+    "full": "full",
+    "lora": "lora",
+    "lora16": "lora",
+    "qlora": "qlora",
+    "adapters": "qlora",
+}

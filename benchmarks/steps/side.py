@@ -1,0 +1,142 @@
+"""One process of one side: every case in turn, each result a line in a file as soon as it is there.
+
+    python -m benchmarks.steps.side --side peft --shape 512x8 --model FOLDER --out FILE
+
+Times are of one whole step: forward, backward, clip, optimizer. The rate of a plain float32 product
+as large as the model's is measured after each case, for the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+BEGAN = time.perf_counter()
+
+__all__ = ["Program", "main"]
+
+
+class Program(Protocol):
+    """A side's way to hold a model and take steps."""
+
+    def load(self, model: Path, mode: str) -> None: ...
+    def drop(self) -> None: ...
+    def take(
+        self, rows: Sequence[Any], layout: str, steps: int, warmed: Callable[[int], None]
+    ) -> list[tuple[float, float]]:
+        """Seconds and loss of each of so many steps; `warmed(n)` is called after the n-th."""
+        ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps.side")
+    for word in ("--side", "--shape", "--model", "--out"):
+        parser.add_argument(word, required=True)
+    asked = parser.parse_args()
+    program = _program(asked.side)
+    from benchmarks.steps.cases import cases_of
+
+    imported, mode, load_s = time.perf_counter() - BEGAN, "", 0.0
+    for case in cases_of(asked.side, asked.shape):
+        facts = {"side": asked.side, "shape": asked.shape, **case.values()}
+        try:
+            if mode != case.mode:
+                program.drop()
+                gc.collect()
+                began = time.perf_counter()
+                program.load(Path(asked.model), case.mode)
+                mode, load_s = case.mode, time.perf_counter() - began
+            facts |= _measured(program, case, asked.shape) | {
+                "load_s": load_s,
+                "import_s": imported,
+            }
+        except Exception as fault:  # the next case may well do; why this one does not is a result
+            facts["fault"] = f"{type(fault).__name__}: {str(fault).strip().splitlines()[0][:150]}"
+            mode = ""
+        with Path(asked.out).open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+    print(json.dumps({"import_s": imported}))
+
+
+def _program(side: str) -> Program:
+    if side == "pennyweight":
+        from benchmarks.steps.ours import Ours
+
+        return Ours()
+    from benchmarks.steps.peers import Peft, Trl
+
+    return Trl() if side == "trl" else Peft(compiled=side.endswith("compiled"))
+
+
+def _measured(program: Program, case: Any, shape_name: str) -> dict[str, Any]:
+    from benchmarks.in_turn import peak_bytes
+    from benchmarks.steps.cases import SHAPES, flops, rows_of
+
+    shape = SHAPES[shape_name]
+    rows = rows_of(case, shape.vocab_size)
+    rest = 0
+
+    def warmed(number: int) -> None:
+        nonlocal rest
+        if number == case.warm:
+            gc.collect()
+            rest = _restart_peak()
+
+    taken = program.take(rows, case.layout, case.warm + case.steps, warmed)
+    peak, seconds = peak_bytes(), [each for each, _ in taken[case.warm :]]
+    tokens = sum(len(row.ids) for row in rows)
+    rate = product_flops(shape.hidden_size, shape.intermediate_size, tokens)
+    return {
+        "step_s": statistics.median(seconds),
+        "steps_s": seconds,
+        "first_step_s": taken[0][0],
+        "real_tokens": tokens,
+        "trained_tokens": sum(int(row.trained.sum()) for row in rows),
+        "losses": [loss for _, loss in taken],
+        "rest_bytes": rest,
+        "peak_bytes": peak,
+        "product_flops": rate,
+        "floor_s": flops(shape, case.mode, [len(row.ids) for row in rows]) / rate,
+        "threads": _threads(),
+    }
+
+
+def product_flops(d_in: int, d_out: int, rows: int) -> float:
+    """FLOP/s of a float32 product `[rows, d_in] @ [d_in, d_out]` here and now: the best of several."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(shape, generator=generator) for shape in ((rows, d_in), (d_in, d_out)))
+    out, best, until = torch.empty(rows, d_out), float("inf"), time.perf_counter() + 0.3
+    while time.perf_counter() < until or best == float("inf"):
+        began = time.perf_counter()
+        torch.mm(x, w, out=out)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * rows * d_in * d_out / best
+
+
+def _restart_peak() -> int:
+    """Begin the high-water mark anew; the resident memory now, in bytes."""
+    import torch
+
+    from benchmarks.in_turn import peak_bytes
+    from pennyweight.train import restart_peak
+
+    restart_peak(torch.device("cpu"))
+    return peak_bytes()
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+if __name__ == "__main__":
+    main()
