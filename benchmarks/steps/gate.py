@@ -2,7 +2,7 @@
 
     python -m benchmarks.steps.gate [--steps 100]
 
-Codes and values of NF4 with double quantization beside bitsandbytes'; the adapter's gradient beside
+Codes and scales of NF4 with double quantization beside bitsandbytes'; the adapter's gradient beside
 PEFT's and one in float64; loss curves over three seeds, from the same A and B on the same rows, no
 further from PEFT's than a few times what PEFT's own drifts from itself when the rows of each step are
 reversed; documents packed beside one by one.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.parity_peft import our_curve, save_fresh_adapter
+from benchmarks.parity_report import KERNEL_ROUNDING
 from benchmarks.peft_oracle import (
     dense_model,
     four_bit_model,
@@ -37,7 +38,7 @@ from pennyweight.data.conversation import Example
 from pennyweight.lora import adapter_of, attach, described, detach, trained_parameters
 from pennyweight.loss import summed_cross_entropy
 from pennyweight.model import BaseModel, load_base
-from pennyweight.quant import dequantize_4bit, quantize_4bit
+from pennyweight.quant import NestedScales, quantize_4bit
 
 __all__ = ["checks", "main"]
 
@@ -59,12 +60,22 @@ def checks(work: Path, *, steps: int) -> list[dict[str, Any]]:
     """Each check: what it is, what was found, how much may be, and whether it holds."""
     folder = write_model(SHAPES["quick"], work / "model")
     base = load_base(BaseConfig(model=str(folder), dtype="float32", device="cpu"))
-    model = four_bit_model(folder)
-    defined = {path: pair[0] for path, pair in four_bit_weights(model).items()}
-    dense = dense_model(folder, defined)
+    native = four_bit_model(folder)
+    pairs = four_bit_weights(native)
+    dense = dense_model(folder, {path: defined for path, (defined, _) in pairs.items()})
+    apart = max(
+        float((kernel.float() - defined).abs().max() / defined.abs().max())
+        for defined, kernel in pairs.values()
+    )
+    # bitsandbytes' kernel for AVX-512 takes wrong scales for some shapes. What is compared here is
+    # training; so where it does, the curve's peer holds the same weights dense.
+    right = apart <= KERNEL_ROUNDING
     found = [_codes(), _packed(base)]
-    found += [_gradients(base, model, dense, work)]
-    found += [_curve(base, model, work, seed, steps) for seed in SEEDS]
+    found += [_gradients(base, native, dense, work)]
+    found += [
+        _curve(base, native if right else dense, work, seed, steps, dense=not right)
+        for seed in SEEDS
+    ]
     return found
 
 
@@ -73,7 +84,6 @@ def _check(what: str, found: float, bound: float) -> dict[str, Any]:
 
 
 def _codes() -> dict[str, Any]:
-    from bitsandbytes.functional import dequantize_4bit as theirs_back
     from bitsandbytes.functional import quantize_4bit as theirs
 
     wrong = 0
@@ -81,11 +91,11 @@ def _codes() -> dict[str, Any]:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
         ours = quantize_4bit(weight)
         codes, state = theirs(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        assert isinstance(ours.absmax, NestedScales)
         wrong += int((ours.codes.flatten() != codes.flatten()).sum())
-        back, again = dequantize_4bit(ours, torch.float32), theirs_back(codes, state)
-        off = (back - again).abs() > 2.0**-22 * again.abs()
-        wrong += int(off.sum())
-    return _check("codes and values that are not bitsandbytes'", wrong, 0)
+        wrong += int((ours.absmax.codes.flatten() != state.absmax.flatten()).sum())
+        wrong += int((ours.absmax.absmax.flatten() != state.state2.absmax.flatten()).sum())
+    return _check("codes and nested scales that are not bitsandbytes'", wrong, 0)
 
 
 def _gradient(base: BaseModel, batches: Sequence[Sequence[Example]]) -> tuple[Tensor, float, int]:
@@ -173,7 +183,8 @@ def _curve(base: BaseModel, model: nn.Module, work: Path, seed: int, steps: int)
     again = their_curve(with_adapter(model, folder), [each[::-1] for each in rows], **settings)
     apart = max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
     drift = max(abs(a - b) for a, b in zip(again.losses, theirs.losses, strict=True))
-    what = f"loss over {steps} steps, seed {seed}: nats from PEFT's (its own drift: {drift:.1e})"
+    peer = "PEFT's over the dense weights" if dense else "PEFT's"
+    what = f"loss over {steps} steps, seed {seed}: nats from {peer} (its own drift: {drift:.1e})"
     return _check(what, apart, max(DRIFTS * drift, SMALLEST))
 
 

@@ -41,7 +41,7 @@ class Ours:
             adapter=LoraConfig(r=RANK, lora_alpha=ALPHA),
             train=TrainConfig(method=_METHODS[mode]),  # type: ignore[arg-type]
         )
-        self._base = base = load_base(config.base)
+        self._base = base = load_base(config.base, trainable=self._whole_model)
         if mode == "adapters":
             names = [f"a{i}" for i in range(ADAPTERS)]
             for name in names:

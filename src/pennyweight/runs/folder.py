@@ -132,13 +132,13 @@ class RunFolder:
             raise DiskError(
                 f"{self.held_out}: missing or not what the run wrote; train again, or restore it"
             )
-        parts, facts = found
+        facts = found.facts
         questions = tuple(
             Question(tuple(q["prompt_ids"]), q["reference"], q["source"])
             for q in facts["questions"]
         )
         return HeldOut(
-            parts["eval"],
+            found.parts["eval"],
             questions,
             facts["rendering"],
             facts["builtin_task"],
