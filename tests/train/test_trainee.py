@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pennyweight.config import LoraConfig
 from pennyweight.data.batch import Batch
 from pennyweight.errors import DiskError, DivergedError, MemoryExhausted
-from pennyweight.lora import trained_parameters
+from pennyweight.evaluate import evaluate_loss, read_by
+from pennyweight.lora import adapter_of, attach, detach, trained_parameters
 from pennyweight.model import BaseModel
 from pennyweight.optim import adamw
 from pennyweight.train import Trainee, disable_checkpointing, enable_checkpointing
@@ -253,3 +255,21 @@ def test_a_checkpoint_of_another_run_is_refused_whole(trainee: Trainee, batch_of
     assert len(str(caught.value).splitlines()) == 3
     for one, two in zip(before, masters(trainee), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_reader_between_steps_sees_the_weights_of_now(
+    trainee: Trainee, batch_of: Callable[..., Batch]
+) -> None:
+    """What inference stacks of the factors is made anew after a step, fused optimizers included."""
+    batch = batch_of(0, 1)
+    losses = []
+    for _ in range(3):
+        losses.append(evaluate_loss(trainee.base, [batch]).loss)
+        kept = adapter_of(trainee.base, "default", LoraConfig(r=4))
+        attach(trainee.base, kept, name="copy", trainable=False)
+        apart = evaluate_loss(trainee.base, read_by([batch], "copy")).loss
+        detach(trainee.base, "copy")
+        assert losses[-1] == pytest.approx(apart, rel=1e-6)
+        trainee.forward_backward(batch_of(0, 1))
+        trainee.optim_step()
+    assert len(set(losses)) == 3

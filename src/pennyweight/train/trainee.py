@@ -248,6 +248,9 @@ class Trainee:
         torch._foreach_mul_(gradients, clip / count)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
+        # Fused steps write past autograd's count of changes, by which readers know stale copies.
+        for parameter in self.parameters.values():
+            torch.autograd.graph.increment_version(parameter)
 
     def _skip(self, losses: list[float], summed_norm: float) -> None:
         self.skipped_steps += 1
