@@ -49,7 +49,7 @@ class Check:
 def doctor() -> list[Check]:
     """Look everything over. Nothing is raised, and no secret is shown: a token is there or not."""
     found: list[Check] = []
-    for look in (_python, _versions, _devices, _processor, _memory, _folders, _hub, _extras):
+    for look in _LOOKS:
         found += _looked(look)
     return found
 
@@ -127,6 +127,18 @@ def _processor() -> Iterator[Check]:
     yield Check("processor", True, said, "without AVX2 training is slow" if slow else "")
     if "bf16 products" not in has and "AMX bf16" not in has:
         yield Check("bfloat16", True, "no bf16 products: weights may be bf16, the work is float32")
+
+
+def _kernels() -> Iterator[Check]:
+    """Which compiled code does the work of 4- and 8-bit weights on this processor."""
+    from pennyweight.quant.kernels.cpu import why_none
+    from pennyweight.quant.kernels.cpu.library import chosen
+
+    serving, (why, _, mend) = chosen(), why_none().partition(": ")
+    if serving is not None:
+        yield Check("cpu kernels", True, f"{serving.variant}, compiled")
+    else:
+        yield Check("cpu kernels", True, f"pure torch, many times slower: {why}", mend)
 
 
 def _cpu_flags() -> set[str]:
@@ -215,3 +227,6 @@ def _extras() -> Iterator[Check]:
 
 def _gb(size: float) -> str:
     return f"{size / _GIGABYTE:,.1f} GB"
+
+
+_LOOKS = (_python, _versions, _devices, _processor, _kernels, _memory, _folders, _hub, _extras)

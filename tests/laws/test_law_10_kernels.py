@@ -1,5 +1,6 @@
-"""Law 10: a kernel equals its pure-torch reference on random shapes, tails included, in Triton's
-interpreter on a CPU and on the device when there is one."""
+"""Law 10: a kernel equals its pure-torch reference on random shapes, tails included: those of a GPU
+in Triton's interpreter on a CPU and on the device when there is one, those of a CPU in every variant
+that runs on it."""
 
 from __future__ import annotations
 
@@ -8,12 +9,27 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pennyweight.quant import BLOCK_SIZES, dequantize_4bit, kernels, quantize_4bit
-from pennyweight.quant.blockwise import fill_in_torch
+from pennyweight.quant import (
+    BLOCK_SIZES,
+    NestedScales,
+    Quantized4Bit,
+    dequantize_4bit,
+    kernels,
+    quantize_4bit,
+    quantize_8bit,
+    rowwise,
+)
+from pennyweight.quant.blockwise import fill_in_torch, nest_in_torch, quantize_in_torch
+from pennyweight.quant.kernels import cpu
+from pennyweight.quant.kernels.build import variants
+from pennyweight.quant.kernels.cpu.library import SWITCH, Library, chosen
 
 TESTS = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,3 +95,153 @@ def test_elements_beyond_2_to_the_31_are_in_their_places(device: torch.device) -
     kernel(whole, out)
     expected = dequantize_4bit(part, torch.bfloat16)
     assert all(torch.equal(piece, expected) for piece in out.view(repeats, -1))
+
+
+@pytest.fixture(scope="module", params=[*variants()])
+def compiled(request: pytest.FixtureRequest) -> Library:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, request.param)
+        found, why = chosen(), cpu.why_none()
+    if found is None:
+        built = not any(said in why for said in ("not built", "other sources", "this processor:"))
+        (pytest.fail if built else pytest.skip)(why)
+    assert found.variant == request.param
+    return found
+
+
+def quantized(
+    flat: torch.Tensor, kind: Any, block_size: int, kernel: Library | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.full((-(-flat.numel() // 2),), 255, dtype=torch.uint8)
+    absmax = torch.full((-(-flat.numel() // block_size),), torch.nan)
+    if kernel is None:
+        quantize_in_torch(flat, codes, absmax, kind, block_size)
+    else:
+        cpu.quantize(kernel, flat, codes, absmax, kind, block_size)
+    return codes, absmax
+
+
+def nested(absmax: torch.Tensor, kernel: Library | None) -> NestedScales:
+    codes = torch.full((len(absmax),), 255, dtype=torch.uint8)
+    peaks, offset = torch.full((-(-len(absmax) // 256),), torch.nan), absmax.mean()
+    if kernel is None:
+        nest_in_torch(absmax, offset, codes, peaks)
+    else:
+        cpu.nest(kernel, absmax, offset, 256, codes, peaks)
+    return NestedScales(codes, peaks, offset)
+
+
+def assert_filled_alike(kernel: Library, value: Any, fill: Any, dtype: torch.dtype) -> None:
+    """Into a view that begins beside a multiple of 64 bytes, whose surroundings stay."""
+    expected = torch.empty(value.shape, dtype=dtype)
+    fill(value, expected)
+    for before, after in ((0, 0), (1, 3)):
+        buffer = torch.full((before + expected.numel() + after,), 7.0, dtype=dtype)
+        view = buffer[before : before + expected.numel()].view(value.shape)
+        cpu.fill(kernel, value, view)
+        assert torch.equal(view, expected)
+        assert (buffer[:before] == 7).all()
+        assert (buffer[before + expected.numel() :] == 7).all()
+
+
+shapes = st.one_of(
+    st.tuples(st.integers(1, 200_000)),
+    st.tuples(st.integers(1, 200), st.sampled_from([1, 31, 48, 64, 65, 100, 192, 256, 1024])),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=shapes,
+    dtype=st.sampled_from(DTYPES),
+    out=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["nf4", "fp4"]),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    exponent=st.integers(-43, 4),
+)
+def test_compiled_kernels_equal_torch(
+    compiled: Library, shape: Any, dtype: Any, out: Any, kind: Any, block_size: int, exponent: int
+) -> None:
+    generator = torch.Generator().manual_seed(sum(shape) + exponent)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0**exponent
+    flat = weight.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).view(-1)
+    codes, absmax = quantized(flat, kind, block_size, compiled)
+    expected_codes, expected_absmax = quantized(flat, kind, block_size, None)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(absmax, expected_absmax)
+    ours, theirs = nested(absmax, compiled), nested(absmax, None)
+    assert torch.equal(ours.codes, theirs.codes)
+    assert torch.equal(ours.absmax, theirs.absmax)
+    for scales in (absmax, ours):
+        value = Quantized4Bit(codes, scales, shape, dtype, kind, block_size)
+        assert_filled_alike(compiled, value, fill_in_torch, out)
+
+
+@pytest.mark.parametrize("values", ["zeros", "negative zeros", "subnormal", "huge", "midpoints"])
+def test_compiled_kernels_equal_torch_at_the_edges(compiled: Library, values: str) -> None:
+    from pennyweight.quant.formats import thresholds
+
+    for kind in ("nf4", "fp4"):
+        middles = torch.tensor(thresholds(kind)).repeat(9)[:127]
+        beside = [middles, middles.nextafter(torch.tensor(2.0)), middles.nextafter(-torch.ones(()))]
+        weight = {
+            "zeros": torch.zeros(300),
+            "negative zeros": torch.full((300,), -0.0),
+            "subnormal": torch.linspace(-1.2e-38, 1.2e-38, 333),
+            "huge": torch.linspace(-1.0, 1.0, 333) * 3e38,
+            "midpoints": torch.cat([*beside, torch.ones(64)]),
+        }[values]
+        ours, theirs = quantized(weight, kind, 64, compiled), quantized(weight, kind, 64, None)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", [0, 70, 199])
+def test_what_is_not_finite_shows_in_the_scale_of_its_block(
+    compiled: Library, bad: float, at: int
+) -> None:
+    weight = torch.randn(200)
+    weight[at] = bad
+    _, absmax = quantized(weight, "nf4", 64, compiled)
+    assert absmax.isfinite().logical_not().nonzero().tolist() == [[at // 64]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_rows_of_8_bits_equal_torch(compiled: Library, dtype: torch.dtype) -> None:
+    for shape in ((1, 1), (33, 257), (130, 64), (3, 4099)):
+        assert_filled_alike(
+            compiled, quantize_8bit(torch.randn(shape)), rowwise.fill_in_torch, dtype
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 33), (64, 128), (130, 70), (33, 1100)])
+def test_compiled_products_are_near_float64_and_blind_to_other_rows(
+    compiled: Library, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Rounded as pure torch rounds the weight; each row alone, among few and among many: one result."""
+    weight, bias = torch.randn(shape), torch.randn(shape[0])
+    values = (quantize_8bit(weight), quantize_4bit(weight), quantize_4bit(weight, block_size=256))
+    for value, transposed in product(values, (False, True)):
+        dense = torch.empty(shape, dtype=dtype)
+        (rowwise.fill_in_torch if value is values[0] else fill_in_torch)(value, dense)
+        x = torch.randn(40, shape[0] if transposed else shape[1]).to(dtype)
+        added = None if transposed else bias.to(dtype)
+        wide = dense.double() if transposed else dense.double().T
+        expected = x.double() @ wide + (0.0 if added is None else added.double())
+        ours = cpu.product(compiled, x, value, added, transposed=transposed)
+        eps = torch.finfo(dtype).eps
+        bound = eps * (4e-4 / eps if dtype == torch.float32 else 1.0) * (1 + expected.abs())
+        assert ((ours.double() - expected).abs() <= bound).all()
+        for rows in (1, 2, 3, 5, 6, 7, 11, 12, 13, 29):
+            part = cpu.product(compiled, x[-rows:], value, added, transposed=transposed)
+            assert torch.equal(part, ours[-rows:])
+
+
+def test_rows_beyond_the_packing_buffer_come_in_turn(compiled: Library) -> None:
+    value = quantize_4bit(torch.randn(4, 40_000))
+    x = torch.randn(70, 40_000)
+    y = cpu.product(compiled, x, value, None, transposed=False)
+    torch.testing.assert_close(y, x @ dequantize_4bit(value).T, rtol=1e-4, atol=1e-2)
+    assert torch.equal(cpu.product(compiled, x[63:], value, None, transposed=False), y[63:])

@@ -26,7 +26,7 @@ from pennyweight.quant.formats import (
     thresholds,
 )
 from pennyweight.quant.intake import chunks, refuse_nonfinite, refuse_unfit
-from pennyweight.quant.kernels import dequantize_4bit_kernel
+from pennyweight.quant.kernels import cpu, dequantize_4bit_kernel
 from pennyweight.quant.rowwise import Quantized8Bit, dequantize_8bit, quantize_8bit
 
 __all__ = [
@@ -39,8 +39,10 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_8bit",
     "fill_in_torch",
+    "nest_in_torch",
     "quantize_4bit",
     "quantize_8bit",
+    "quantize_in_torch",
     "storage_bytes",
 ]
 
@@ -132,19 +134,10 @@ def quantize_4bit(
     count = flat.numel()
     codes = torch.empty(-(-count // 2), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=flat.device)
-    whole = count - count % block_size
-    for start, stop in chunks(whole, flat.device):
-        blocks = flat[start:stop].view(-1, block_size).float()
-        peaks = absmax[start // block_size : stop // block_size]
-        torch.amax(blocks.abs(), dim=1, out=peaks)
-        # Multiplying by the reciprocal and dividing round differently; bitsandbytes multiplies
-        # whole blocks and divides the last partial one.
-        scaled = blocks * (1.0 / peaks.clamp(min=_SMALLEST_SCALE)).unsqueeze(1)
-        codes[start // 2 : stop // 2] = _packed_codes(scaled.view(-1), format)
-    if whole < count:
-        tail = flat[whole:].float()
-        absmax[-1] = tail.abs().amax().clamp(min=_SMALLEST_SCALE)
-        codes[whole // 2 :] = _packed_codes(tail / absmax[-1], format)
+    if (kernels := cpu.serving(flat)) is not None:
+        cpu.quantize(kernels, flat, codes, absmax, format, block_size)
+    else:
+        quantize_in_torch(flat, codes, absmax, format, block_size)
     refuse_nonfinite(weight, absmax)
     return Quantized4Bit(
         codes=codes,
@@ -156,21 +149,51 @@ def quantize_4bit(
     )
 
 
+def quantize_in_torch(
+    flat: Float[Tensor, " count"],
+    codes: UInt8[Tensor, " packed"],
+    absmax: Float32[Tensor, " blocks"],
+    kind: FourBit,
+    block_size: int,
+) -> None:
+    """Fill the codes and block scales of a weight; the reference of its kernel.
+
+    What is not finite in a block is so in its scale.
+    """
+    count = flat.numel()
+    whole = count - count % block_size
+    for start, stop in chunks(whole, flat.device):
+        blocks = flat[start:stop].view(-1, block_size).float()
+        peaks = absmax[start // block_size : stop // block_size]
+        torch.amax(blocks.abs(), dim=1, out=peaks)
+        # Multiplying by the reciprocal and dividing round differently; bitsandbytes multiplies
+        # whole blocks and divides the last partial one.
+        scaled = blocks * (1.0 / peaks.clamp(min=_SMALLEST_SCALE)).unsqueeze(1)
+        codes[start // 2 : stop // 2] = _packed_codes(scaled.view(-1), kind)
+    if whole < count:
+        tail = flat[whole:].float()
+        absmax[-1] = tail.abs().amax().clamp(min=_SMALLEST_SCALE)
+        codes[whole // 2 :] = _packed_codes(tail / absmax[-1], kind)
+
+
 def dequantize_4bit(
     q: Quantized4Bit, dtype: torch.dtype | None = None, out: Float[Tensor, "*shape"] | None = None
 ) -> Float[Tensor, "*shape"]:
     """The weight in its own shape: float32 level times float32 scale, rounded once to `dtype`.
 
     `dtype` defaults to the original one. `out` (contiguous, of that shape) is filled and returned
-    if given, and its dtype counts. On a GPU a kernel does it where one serves; see `kernels`.
+    if given, and its dtype counts. A kernel does it where one serves; see `kernels`.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.codes.device)
     assert tuple(out.shape) == q.shape, (out.shape, q.shape)
     assert out.is_contiguous()
     assert dtype in (None, out.dtype), (dtype, out.dtype)
-    fill = dequantize_4bit_kernel(out) or fill_in_torch
-    fill(q, out)
+    if (kernels := cpu.serving(out)) is not None:
+        cpu.fill(kernels, q, out)
+    else:
+        fill = dequantize_4bit_kernel(out) or fill_in_torch
+        fill(q, out)
     return out
 
 
@@ -229,19 +252,32 @@ def _nested(absmax: Float32[Tensor, " blocks"]) -> NestedScales:
             f"block scales up to {absmax.max().item():.3g} overflow when averaged for double "
             "quantization; store this weight without it"
         )
-    centred = absmax - offset
-    groups = -(-len(centred) // NESTED_BLOCK_SIZE)
-    padded = torch.zeros(groups * NESTED_BLOCK_SIZE, dtype=torch.float32, device=absmax.device)
-    padded[: len(centred)] = centred
-    grouped = padded.view(groups, NESTED_BLOCK_SIZE)
-    peaks = grouped.abs().amax(dim=1)
+    groups = -(-len(absmax) // NESTED_BLOCK_SIZE)
+    codes = torch.empty(len(absmax), dtype=torch.uint8, device=absmax.device)
+    peaks = torch.empty(groups, dtype=torch.float32, device=absmax.device)
+    if (kernels := cpu.serving(absmax)) is not None:
+        cpu.nest(kernels, absmax, offset, NESTED_BLOCK_SIZE, codes, peaks)
+    else:
+        nest_in_torch(absmax, offset, codes, peaks)
+    return NestedScales(codes=codes, absmax=peaks, offset=offset)
+
+
+def nest_in_torch(
+    absmax: Float32[Tensor, " blocks"],
+    offset: Float32[Tensor, ""],
+    codes: UInt8[Tensor, " blocks"],
+    peaks: Float32[Tensor, " groups"],
+) -> None:
+    """Fill the codes and group scales of block scales; the reference of its kernel."""
+    padded = torch.zeros(len(peaks) * NESTED_BLOCK_SIZE, device=absmax.device)
+    padded[: len(absmax)] = absmax - offset
+    grouped = padded.view(-1, NESTED_BLOCK_SIZE)
+    torch.amax(grouped.abs(), dim=1, out=peaks)
     scaled = (grouped * (1.0 / peaks).unsqueeze(1)).clamp_(-1.0, 1.0)
     bins = dynamic_bins(absmax.device)
     # 0 * inf in a group of zeros or of subnormal numbers; such a value takes the lowest bin.
     position = ((scaled + 1.0) * 0.5 * (len(bins) - 1) + 0.5).nan_to_num_(nan=0.0)
-    codes = bins.index_select(0, position.int().view(-1))
-    codes = codes[: len(centred)].clone()
-    return NestedScales(codes=codes, absmax=peaks, offset=offset)
+    codes.copy_(bins.index_select(0, position.int().view(-1))[: len(codes)])
 
 
 def _packed_codes(scaled: Tensor, kind: FourBit) -> Tensor:

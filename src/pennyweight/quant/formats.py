@@ -19,6 +19,7 @@ __all__ = [
     "FP4_LEVELS",
     "NF4_LEVELS",
     "FourBit",
+    "code_order",
     "dynamic_bins",
     "dynamic_levels",
     "dynamic_table",
@@ -114,11 +115,18 @@ def thresholds(kind: FourBit) -> tuple[float, ...]:
 
 
 @functools.cache
+def code_order(kind: FourBit) -> UInt8[Tensor, " 16"]:
+    """The codes of a format in the order of their values."""
+    with torch.inference_mode(False):
+        return torch.tensor(range(16) if kind == "nf4" else _FP4_ORDER, dtype=torch.uint8)
+
+
+@functools.cache
 def rank_table(kind: FourBit, device: torch.device) -> UInt8[Tensor, " 256"] | None:
     """For a byte of two ranks by value the byte of their codes; None where rank is code."""
     if kind == "nf4":
         return None
-    order, byte = torch.tensor(_FP4_ORDER, dtype=torch.uint8), torch.arange(256)
+    order, byte = code_order(kind), torch.arange(256)
     with torch.inference_mode(False):
         return ((order[byte >> 4] << 4) | order[byte & 15]).to(device)
 

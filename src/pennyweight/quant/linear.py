@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pennyweight.quant.blockwise import Quantized4Bit, dequantize_4bit
+from pennyweight.quant.kernels import cpu
 from pennyweight.quant.rowwise import Quantized8Bit, dequantize_8bit
 
 __all__ = ["QuantizedLinear"]
@@ -72,7 +73,7 @@ class QuantizedLinear(nn.Module):
         autocast = torch.is_autocast_enabled(device)
         dtype = self.compute_dtype or (torch.get_autocast_dtype(device) if autocast else x.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        y: Tensor = _FrozenProduct.apply(x.to(dtype), self.value, bias)
+        y: Tensor = _FrozenProduct.apply(x.to(dtype), self.value, bias, False)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -97,7 +98,7 @@ class QuantizedLinear(nn.Module):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """y = x W^T + b and grad_x = grad_y W, where W exists only inside either product.
+    """y = x W^T + b, or y = x W where `transposed`; either is the other's gradient.
 
     The value hangs on the context by reference rather than among the saved tensors: hooks that
     offload or recompute saved tensors have no business with the frozen weight.
@@ -105,19 +106,31 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, value: Quantized4Bit | Quantized8Bit, bias: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        value: Quantized4Bit | Quantized8Bit,
+        bias: Tensor | None,
+        transposed: bool,
     ) -> Tensor:
-        ctx.value = value
-        with _autocast_off(x.device.type):
-            return F.linear(x, _dense(value, x.dtype), bias)
+        ctx.value, ctx.transposed = value, transposed
+        return _product(x, value, bias, transposed=transposed)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (grad_y,) = grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None, None
-        with _autocast_off(grad_y.device.type):
-            return grad_y @ _dense(ctx.value, grad_y.dtype), None, None
+            return None, None, None, None
+        return _FrozenProduct.apply(grads[0], ctx.value, None, not ctx.transposed), None, None, None
+
+
+def _product(
+    x: Tensor, value: Quantized4Bit | Quantized8Bit, bias: Tensor | None, *, transposed: bool
+) -> Tensor:
+    """By the CPU's kernels, which never hold the dense weight; elsewhere by way of it."""
+    if (kernels := cpu.serving(x)) is not None:
+        return cpu.product(kernels, x, value, bias, transposed=transposed)
+    with _autocast_off(x.device.type):
+        dense = _dense(value, x.dtype)
+        return x @ dense if transposed else F.linear(x, dense, bias)
 
 
 def _dense(value: Quantized4Bit | Quantized8Bit, dtype: torch.dtype | None) -> Tensor:

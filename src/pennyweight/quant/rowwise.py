@@ -13,8 +13,9 @@ from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
 from pennyweight.quant.intake import chunk_elements, refuse_nonfinite, refuse_unfit
+from pennyweight.quant.kernels import cpu
 
-__all__ = ["Quantized8Bit", "dequantize_8bit", "quantize_8bit"]
+__all__ = ["Quantized8Bit", "dequantize_8bit", "fill_in_torch", "quantize_8bit"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,8 +81,16 @@ def dequantize_8bit(
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.codes.device)
     assert tuple(out.shape) == q.shape, (out.shape, q.shape)
     assert dtype in (None, out.dtype), (dtype, out.dtype)
+    if out.is_contiguous() and (kernels := cpu.serving(out)) is not None:
+        cpu.fill(kernels, q, out)
+    else:
+        fill_in_torch(q, out)
+    return out
+
+
+def fill_in_torch(q: Quantized8Bit, out: Float[Tensor, "rows cols"]) -> None:
+    """Write the dequantized matrix into `out`; the reference of its kernel."""
     rows = max(1, chunk_elements(out.device) // max(1, out.shape[1]))
     for start in range(0, len(out), rows):
         part = slice(start, start + rows)
         out[part] = (q.codes[part] * q.scale[part].unsqueeze(1)).mul_(1.0 / 127.0)
-    return out

@@ -1,8 +1,10 @@
-"""Device code behind the functions of this room, one module a kernel.
+"""Device code behind the functions of this room: `cpu`, compiled C++, and a module for each kernel
+of a GPU.
 
-A kernel serves where its tensors are on a GPU, Triton works there, and a first trial gives what
-pure torch gives, bit for bit; everywhere else pure torch does the work. In the environment,
-PENNYWEIGHT_KERNELS=off forces pure torch.
+A kernel serves where its library works, Triton on a GPU or a build of `cpu` on a CPU, and a first
+trial gives what pure torch gives, bit for bit; everywhere else pure torch does the work. In the
+environment, PENNYWEIGHT_KERNELS=off forces pure torch, and avx512, avx2, neon or plain a variant of
+the CPU's.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from pennyweight.quant.kernels import cpu
+from pennyweight.quant.kernels.cpu.library import SWITCH
+
 if TYPE_CHECKING:
     from pennyweight.quant.blockwise import Quantized4Bit
 
 __all__ = ["dequantize_4bit_kernel", "why_pure_torch"]
 
-_SWITCH: Final = "PENNYWEIGHT_KERNELS"
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,16 +39,18 @@ def dequantize_4bit_kernel(out: Tensor) -> Callable[[Quantized4Bit, Tensor], Non
 
 def why_pure_torch(device: torch.device) -> str:
     """Why no kernel serves on this device; empty where one does. Tries it, which takes a second."""
+    if device.type == "cpu":
+        return cpu.why_none()
     if device.type != "cuda":
-        return "kernels are for GPUs"
+        return f"there are no kernels for {device.type}"
     if _switched_off():
-        return f"{_SWITCH} is off"
+        return f"{SWITCH} is off"
     module = _tried(device, torch.float32)
     return module if isinstance(module, str) else ""
 
 
 def _switched_off() -> bool:
-    return os.environ.get(_SWITCH, "").strip().lower() == "off"
+    return os.environ.get(SWITCH, "").strip().lower() == "off"
 
 
 @functools.cache
@@ -64,7 +70,7 @@ def _tried(device: torch.device, dtype: torch.dtype) -> Any:
         why = str(error).strip().partition("\n")[0] or type(error).__name__
     warnings.warn(
         f"the 4-bit kernel does not work on {device} ({why}); pure torch does its work, with the "
-        f"same values and more slowly. {_SWITCH}=off silences this",
+        f"same values and more slowly. {SWITCH}=off silences this",
         stacklevel=2,
     )
     return f"the kernel does not work on {device}: {why}"

@@ -1,0 +1,216 @@
+"""The CPU kernels behind `blockwise`, `rowwise` and `linear`: the calls into the compiled library.
+
+Quantizing and dequantizing give the bits of pure torch. Products are taken in float32 from values
+dequantized tile by tile, the weight's values rounded first to the type of the input: on most CPUs
+half precision is storage, and sums are better kept in float32 on all of them. A row's result does
+not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from pennyweight.quant.formats import (
+    FourBit,
+    code_order,
+    dynamic_bins,
+    dynamic_table,
+    levels_of,
+    thresholds,
+)
+from pennyweight.quant.kernels.cpu.library import Library, chosen, why_none
+
+if TYPE_CHECKING:
+    from pennyweight.quant.blockwise import Quantized4Bit
+    from pennyweight.quant.rowwise import Quantized8Bit
+
+__all__ = ["agrees_with_torch", "fill", "nest", "product", "quantize", "serving", "why_none"]
+
+_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CPU: Final = torch.device("cpu")
+# What is larger is not found in the caches again, so it is written past them.
+_STREAMED_BYTES: Final = 1 << 24
+# A thread is worth waking for so much work.
+_ELEMENTS_A_THREAD: Final = 1 << 17
+_PRODUCTS_A_THREAD: Final = 1 << 18
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of cpu/weight.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "group_scales")),
+        *((name, ctypes.c_void_p) for name in ("offset", "dynamic", "levels")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((name, ctypes.c_int32) for name in ("block_shift", "group", "value_type")),
+    )
+
+
+def serving(tensor: Tensor) -> Library | None:
+    """The kernels that take such a tensor: an ordinary one on the CPU, of a type they know."""
+    if tensor.device.type != "cpu" or tensor.dtype not in _TYPES or type(tensor) is not Tensor:
+        return None
+    return chosen()
+
+
+def quantize(
+    kernels: Library, flat: Tensor, codes: Tensor, absmax: Tensor, kind: FourBit, block_size: int
+) -> None:
+    """Fill the codes and block scales of a flat, contiguous weight."""
+    assert flat.is_contiguous()
+    assert codes.numel() == -(-flat.numel() // 2)
+    assert absmax.numel() == -(-flat.numel() // block_size)
+    kernels.quantize(
+        flat.data_ptr(),
+        _TYPES[flat.dtype],
+        flat.numel(),
+        block_size,
+        _thresholds(kind).data_ptr(),
+        code_order(kind).data_ptr(),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        _threads(flat.numel(), _ELEMENTS_A_THREAD),
+    )
+
+
+def nest(
+    kernels: Library, absmax: Tensor, offset: Tensor, group: int, codes: Tensor, peaks: Tensor
+) -> None:
+    """Fill the codes and group scales of block scales less their mean."""
+    bins = dynamic_bins(_CPU)
+    kernels.nest(
+        absmax.data_ptr(),
+        absmax.numel(),
+        offset.item(),
+        group,
+        bins.data_ptr(),
+        bins.numel(),
+        codes.data_ptr(),
+        peaks.data_ptr(),
+    )
+
+
+def fill(kernels: Library, value: Quantized4Bit | Quantized8Bit, out: Tensor) -> None:
+    """Write the dequantized weight into a contiguous `out`."""
+    assert out.is_contiguous()
+    weight = _weight(value, out.dtype)
+    streamed = out.nbytes >= _STREAMED_BYTES
+    threads = _threads(out.numel(), _ELEMENTS_A_THREAD)
+    kernels.dequantize(ctypes.addressof(weight), out.data_ptr(), streamed, threads)
+
+
+def product(
+    kernels: Library,
+    x: Tensor,
+    value: Quantized4Bit | Quantized8Bit,
+    bias: Tensor | None,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """x W^T + bias, or x W where `transposed`, in x's type."""
+    weight = _weight(value, x.dtype)
+    rows, columns = value.shape
+    inputs, outputs = (rows, columns) if transposed else (columns, rows)
+    flat = x.detach().reshape(-1, inputs).float().contiguous()
+    out = torch.empty((flat.shape[0], outputs), dtype=torch.float32)
+    threads = _threads(flat.shape[0] * rows * columns, _PRODUCTS_A_THREAD)
+    where = ctypes.addressof(weight), flat.data_ptr(), flat.shape[0]
+    if transposed:
+        assert bias is None
+        kernels.backward(*where, out.data_ptr(), threads)
+    else:
+        added = None if bias is None else bias.detach().float().contiguous()
+        at = None if added is None else added.data_ptr()
+        kernels.forward(*where, at, out.data_ptr(), threads)
+    return out.to(x.dtype).view(*x.shape[:-1], outputs)
+
+
+def agrees_with_torch(kernels: Library) -> bool:
+    """Whether a small weight gets pure torch's codes, scales and values, its last block partial, and
+    products come near torch's."""
+    from pennyweight.quant.blockwise import (
+        NestedScales,
+        Quantized4Bit,
+        fill_in_torch,
+        nest_in_torch,
+        quantize_in_torch,
+    )
+
+    with torch.inference_mode(False), torch.no_grad():
+        ramp = torch.arange(5 * 67, dtype=torch.float32)
+        weight = (ramp.sin() * ramp).view(5, 67)
+        ours, theirs = ((torch.empty(168, dtype=torch.uint8), torch.empty(6)) for _ in range(2))
+        quantize(kernels, weight.view(-1), *ours, "nf4", 64)
+        quantize_in_torch(weight.view(-1), *theirs, "nf4", 64)
+        if not all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)):
+            return False
+        codes, absmax = theirs
+        nested = NestedScales(torch.empty_like(codes)[:6], torch.empty(1), absmax.mean())
+        nest_in_torch(absmax, nested.offset, nested.codes, nested.absmax)
+        again = NestedScales(nested.codes.clone(), torch.empty(1), nested.offset)
+        nest(kernels, absmax, again.offset, again.block_size, again.codes, again.absmax)
+        if not torch.equal(nested.codes, again.codes) or nested.absmax != again.absmax:
+            return False
+        value = Quantized4Bit(codes, nested, (5, 67), torch.float32, "nf4")
+        dense, expected = torch.empty(5, 67), torch.empty(5, 67)
+        fill(kernels, value, dense)
+        fill_in_torch(value, expected)
+        if not torch.equal(dense, expected):
+            return False
+        x, y = weight[:3] / 400, weight[:3, :5] / 400
+        products = (
+            (product(kernels, x, value, None, transposed=False), x @ expected.T),
+            (product(kernels, y, value, None, transposed=True), y @ expected),
+        )
+        return all(torch.allclose(one, other, rtol=1e-4, atol=1e-3) for one, other in products)
+
+
+def _weight(value: Quantized4Bit | Quantized8Bit, dtype: torch.dtype) -> _Weight:
+    """The value for the library, which reads its tensors; it must outlive the call."""
+    from pennyweight.quant.rowwise import Quantized8Bit
+
+    codes = value.codes
+    rows, columns = value.shape if len(value.shape) == 2 else (1, math.prod(value.shape))
+    weight = _Weight(codes=codes.data_ptr(), rows=rows, columns=columns, value_type=_TYPES[dtype])
+    assert codes.is_contiguous()
+    if isinstance(value, Quantized8Bit):
+        weight.scales = _address(value.scale, torch.float32, rows)
+        return weight
+    absmax, block_size = value.absmax, value.block_size
+    blocks = -(-rows * columns // block_size)
+    assert codes.numel() == -(-rows * columns // 2), (codes.shape, value.shape)
+    weight.levels = levels_of(value.format).data_ptr()
+    weight.block_shift = block_size.bit_length() - 1
+    if isinstance(absmax, Tensor):
+        weight.scales = _address(absmax, torch.float32, blocks)
+        return weight
+    group = absmax.block_size
+    weight.scales = _address(absmax.codes, torch.uint8, blocks)
+    weight.group_scales = _address(absmax.absmax, torch.float32, -(-blocks // group))
+    weight.offset = _address(absmax.offset, torch.float32, 1)
+    weight.dynamic = dynamic_table(_CPU).data_ptr()
+    weight.group = group
+    return weight
+
+
+def _address(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
+    assert tensor.dtype == dtype, (tensor.dtype, dtype)
+    assert tensor.numel() == count, (tensor.shape, count)
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+@functools.cache
+def _thresholds(kind: FourBit) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(thresholds(kind), dtype=torch.float32)
+
+
+def _threads(work: int, least_a_thread: int) -> int:
+    return max(1, min(torch.get_num_threads(), work // least_a_thread))
