@@ -201,6 +201,25 @@ def test_rows_drawn_together_are_drawn_alone() -> None:
         assert draw(logits[row], request, number) == together[row]
 
 
+def test_a_nucleus_of_many_tokens_is_whole() -> None:
+    """Past the few likeliest that are looked at first, and beside a row whose nucleus is small."""
+    logits = torch.stack([torch.randn(4000) * 0.01, torch.randn(4000) * 5])
+    requests = [
+        Request((1,), temperature=1.0, top_p=0.9),
+        Request((1,), temperature=1.0, top_p=0.5),
+    ]
+    drawn = torch.stack([draw_each(logits, requests, [n, n]) for n in range(300)])
+    flat = set(drawn[:, 0].tolist())
+    kept = set(logits[0].sort(descending=True).indices[:3700].tolist())
+    assert flat <= kept
+    assert len(flat) > 200
+    known, order = logits[1].softmax(-1).sort(descending=True)
+    small = set(order[: int((known.cumsum(-1) < 0.5).sum()) + 1].tolist())
+    assert set(drawn[:, 1].tolist()) == small
+    for row in range(2):
+        assert draw(logits[row], requests[row], 7) == drawn[7, row]
+
+
 def test_one_that_diverges_ends_alone_and_leaves_nothing_behind(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

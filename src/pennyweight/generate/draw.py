@@ -14,6 +14,9 @@ from pennyweight.generate.request import Request
 
 __all__ = ["draw", "draw_each", "uniform"]
 
+# The likeliest that most nuclei lie within; sorting a whole vocabulary costs six times as much.
+FEW_LIKELY = 256
+
 
 def draw(logits: Float[Tensor, " vocab"], request: Request, number: int) -> Tensor:
     """Id of the request's `number`-th new token."""
@@ -53,15 +56,26 @@ def _drawn(
     ids = None
     if top_k:
         scaled, ids = scaled.topk(top_k)
-    elif nucleus:
-        scaled, ids = scaled.sort(descending=True, stable=True)
-    mass = scaled.softmax(-1).cumsum(-1)
+    likely, share = scaled.softmax(-1), _column(shares, wide)
+    if not nucleus:
+        return _picked(likely.cumsum(-1), share, None, ids)
+    reach = _column([request.top_p for request in requests], wide)
+    if not top_k:
+        likely, ids = likely.topk(min(FEW_LIKELY, logits.shape[1]))
+    mass = likely.cumsum(-1)
+    picked = _picked(mass, share, reach, ids)
+    if not top_k and (more := mass[:, -1] < reach[:, 0]).any():
+        whole, order = scaled[more].softmax(-1).sort(descending=True, stable=True)
+        picked[more] = _picked(whole.cumsum(-1), share[more], reach[more], order)
+    return picked
+
+
+def _picked(mass: Tensor, share: Tensor, reach: Tensor | None, ids: Tensor | None) -> Tensor:
+    """Where a share of the mass falls, that of what lies past `reach` left out."""
     last = torch.full_like(mass[:, :1], mass.shape[1] - 1, dtype=torch.int64)
-    if nucleus:
-        reach = _column([request.top_p for request in requests], wide) * mass[:, -1:]
+    if reach is not None:
         last = (mass < reach).sum(-1, keepdim=True).minimum(last)
-    at = torch.searchsorted(mass, _column(shares, wide) * mass.gather(1, last), right=True)
-    at = at.minimum(last)
+    at = torch.searchsorted(mass, share * mass.gather(1, last), right=True).minimum(last)
     return (at if ids is None else ids.gather(1, at)).squeeze(1)
 
 
