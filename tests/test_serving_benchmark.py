@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("peft")
 
 
+# What the peer and its libraries warn of is theirs.
+@pytest.mark.filterwarnings("ignore")
 def test_every_case_is_measured_beside_the_peer_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
