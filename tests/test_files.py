@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from pennyweight.errors import DiskError
-from pennyweight.files import disk_faults, make_folder, whole
+from pennyweight.files import disk_faults, make_folder, scratch_folder, whole
 
 
 def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
@@ -35,6 +35,31 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, fault: BaseException) 
     with pytest.raises(type(fault)), whole(path) as partial:
         raise_after(fault, partial)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot lock a folder")
+def test_a_scratch_folder_of_the_dead_is_removed_and_one_of_the_living_is_not(
+    tmp_path: Path,
+) -> None:
+    dead = tmp_path / ".unfinished-dead"
+    dead.mkdir()
+    (dead / "half.npy").write_text("half")
+    with scratch_folder(tmp_path) as first:
+        assert not dead.exists()
+        (first / "a").write_text("a")
+        with scratch_folder(tmp_path) as second:
+            assert sorted(tmp_path.iterdir()) == sorted([first, second])
+            second.rename(tmp_path / "made")
+        assert (first / "a").read_text() == "a"
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_fault_while_a_scratch_folder_is_filled_is_told_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(FileNotFoundError), scratch_folder(tmp_path) as made:
+        (made / "absent" / "a").write_text("a")
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_folder_on_the_way_is_made_durable(

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pennyweight.errors import DiskError
 
-__all__ = ["disk_faults", "make_folder", "sync", "whole"]
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = ["disk_faults", "lock", "make_folder", "scratch_folder", "sync", "whole"]
+
+_SCRATCH = ".unfinished-"
+# Windows locks bytes and keeps others from reading them; this one is far behind what is written.
+_LOCKED_BYTE = 1 << 30
 
 # What a disk or a folder's rights refuse. A network's faults are OSErrors too, and not these.
 _NAMES = "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM ESTALE"
@@ -33,6 +46,73 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A hidden folder in `parent` to fill and rename; what is left of it goes at the end.
+
+    It is locked while it lives, so that those of killed processes can be told apart: they are
+    removed first. (Windows cannot lock a folder; there they stay.)
+    """
+    for left in parent.glob(f"{_SCRATCH}*"):
+        _remove_abandoned(left)
+    folder, number = _new_scratch(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if number is not None:
+            os.close(number)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a scratch folder that no living process holds; what cannot be locked stays."""
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            if lock(number):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(number)
+
+
+def _new_scratch(parent: Path) -> tuple[Path, int | None]:
+    """A scratch folder and the open file that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+        if sys.platform == "win32":
+            return folder, None
+        # Until it is locked another process may take it for a dead one's, and remove it.
+        with contextlib.suppress(FileNotFoundError):
+            number = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks
+                if not lock(number):
+                    os.close(number)
+                    continue
+            if folder.is_dir():
+                return folder, number
+            os.close(number)
+
+
+def lock(number: int) -> bool:
+    """Take the lock of an open file for this process; False where a living one holds it.
+
+    The system lets go of it when the file is closed or its holder dies.
+    """
+    try:
+        if sys.platform == "win32":
+            os.lseek(number, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        if fault.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
 
 
 def make_folder(folder: Path) -> None:

@@ -74,6 +74,7 @@ def adamw(
         eps=eps,
         fused=devices <= _FUSED_DEVICES,
     )
+    optimizer.register_step_post_hook(_counted)
     for _, parameter, group in _named(optimizer):
         where = parameter.device if group["fused"] else torch.device("cpu")
         optimizer.state[parameter] = {
@@ -81,6 +82,13 @@ def adamw(
             **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
         }
     return optimizer
+
+
+def _counted(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Fused steps do not count as changes of a tensor (torch 2.13), and whoever keeps what was made
+    of a parameter goes by that count."""
+    for _, parameter, _ in _named(optimizer):
+        torch.autograd.graph.increment_version(parameter)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -282,7 +282,8 @@ def test_evaluate_shows_base_and_adapter_side_by_side(run: Any, room: Any) -> No
 
 
 def test_compare_takes_its_lists_as_options(run: Any, room: Any, tmp_path: Path) -> None:
-    def compare(config: Any) -> Any:
+    def compare(config: Any, *, origin: Any) -> Any:
+        assert origin["compare.range_steps"] == "run.yaml:1"
         return SimpleNamespace(to_dict=lambda: config.compare.model_dump())
 
     room("compare", compare=compare)
@@ -345,6 +346,50 @@ def test_chat_says_one_thing_or_many(run: Any, room: Any, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("builtins.input", typed)
     assert run("chat", "runs/my").out == "default: one\ndefault: two\n\n"
+
+
+def test_what_a_row_or_an_answer_holds_never_commands_the_terminal(
+    run: Any, room: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "gr\u00fcn\t\u200f\u05d0 \U0001f469\u200d\U0001f680\n"
+    hostile = told + "\x1b]0;title\x07\x1b[2J\x9b1m\r\b\u202egpj"
+    shown = told + r"\x1b]0;title\x07\x1b[2J\x9b1m\r\x08\u202egpj"
+    assert show.visible(hostile) == shown
+
+    def open_chat(folder: Path, adapter: str | None, *, temperature: float) -> Any:
+        return SimpleNamespace(send=lambda text: iter([hostile]))
+
+    room("runs", open_chat=open_chat)
+    assert run("chat", "runs/my", "-m", "hi").out == shown + "\n"
+    assert run("chat", "runs/my", "-m", "hi", "--json").json["reply"] == hostile
+    lines = iter(["one"])
+
+    def typed(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert run("chat", "runs/my").out == shown + "\n\n"
+    segment = SimpleNamespace(text=hostile, trained=True, cut=False)
+    row = SimpleNamespace(
+        source="a\x1b.jsonl:1",
+        tokens=9,
+        trained_tokens=4,
+        length_before_cut=9,
+        part="train",
+        dropped=None,
+        segments=(segment,),
+    )
+    show._console().print(show.preview([row], ["warning: \x1b"]))
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(capsys.readouterr().out)
+
+    def fail(arguments: Sequence[str]) -> object:
+        raise errors.DataError("my.jsonl:1: role '\x1b[2J'")
+
+    ending.run_command(fail, [])
+    assert capsys.readouterr().err == "my.jsonl:1: role '\\x1b[2J'\n"
 
 
 def test_merge_shows_every_candidate_beside_the_adapter(run: Any, room: Any) -> None:

@@ -93,7 +93,8 @@ def done(description: Any, one_cache: Path, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PENNYWEIGHT_CACHE", str(one_cache))
         patch.setattr("pennyweight.finetune.run.plot_losses", lambda *_, **__: None)
-        config = description(folder / "out", ranks=[2, 4], learning_rates={"qlora": 1e-2})
+        told = {"ranks": [2, 4], "learning_rates": {"qlora": 1e-2}}
+        config = description(folder / "out", train={"learning_rate": 5e-4}, **told)
         launched = Launched()
         found = compare(config, launch=launched, say=lambda text: None)
     return Done(found, config, launched, folder / "out")

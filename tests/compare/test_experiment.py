@@ -76,6 +76,14 @@ def test_rates_are_tuned_where_none_is_given(done: Done) -> None:
     assert rates["lora-r4"] == (done.found.ranges[2].chosen, "range test")
 
 
+def test_a_rate_that_no_arm_uses_is_said_to_be_unused(done: Done) -> None:
+    (told,) = done.found.notices
+    assert told.startswith("train.learning_rate 0.0005 (Python) is not used: the rate of full, ")
+    assert "LoRA r 4 is tuned; compare.learning_rates={full: 0.0005} gives one" in told
+    assert "QLoRA" not in told  # its rate is given
+    assert told in (done.folder / "compare.md").read_text()
+
+
 def test_effective_ranks_are_within_the_rank(done: Done) -> None:
     for arm in done.found.arms:
         if arm.rank is None:

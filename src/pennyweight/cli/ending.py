@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from pennyweight.cli.show import visible
 from pennyweight.errors import Aborted, Interrupted, PennyweightError
 from pennyweight.files import disk_faults
 
@@ -88,7 +89,8 @@ def _failed(
         if as_json:
             print(json.dumps({"error": error}), flush=True)
         else:
-            print(message + (f"\nresume: {resume}" if resume else ""), file=sys.stderr, flush=True)
+            said = message + (f"\nresume: {resume}" if resume else "")
+            print(visible(said), file=sys.stderr, flush=True)
     return exit_code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from pennyweight.report import plain
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+# Unicode's directional embeddings, overrides and isolates (UAX 9, section 2).
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 __all__ = [
     "Printer",
@@ -31,6 +35,7 @@ __all__ = [
     "preview",
     "refuse_stray",
     "table",
+    "visible",
 ]
 
 
@@ -65,7 +70,7 @@ class Printer:
             return
         shown = text()
         if isinstance(shown, str):
-            print(shown, end="\n" if shown else "")
+            print(visible(shown), end="\n" if shown else "")
         else:
             _console().print(shown)
 
@@ -96,7 +101,23 @@ def table(
 def _escaped(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(visible(text))
+
+
+def visible(text: str) -> str:
+    """Text for a terminal, which a stranger may have written: what would move the cursor, colour
+    or turn round what is there is spelled out (`\\x1b`), all but line ends and tabs."""
+    return "".join(_spelled(c) if _commands(c) else c for c in text)
+
+
+def _commands(character: str) -> bool:
+    # Of the format characters only those that reorder text; others join letters and emoji.
+    kind = unicodedata.category(character)
+    return (kind == "Cc" and character not in "\n\t") or character in _TURNING
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def facts(answer: Mapping[str, Any]) -> str:
@@ -287,9 +308,11 @@ def preview(shown: Iterable[Any], lines: Iterable[str]) -> Any:
             before, after = ("⟦", "⟧") if marked and segment.trained else ("", "")
             if marked and segment.cut:
                 before = "✂" + before
-            text.append(before + segment.text + after, style="red" if segment.cut else style)
-        parts += [Text(_headline(row), style="bold"), text, Text()]
-    return Group(*parts, *(Text(line) for line in lines))
+            text.append(
+                before + visible(segment.text) + after, style="red" if segment.cut else style
+            )
+        parts += [Text(visible(_headline(row)), style="bold"), text, Text()]
+    return Group(*parts, *(Text(visible(line)) for line in lines))
 
 
 def _headline(row: Any) -> str:
@@ -342,5 +365,5 @@ def converse(session: Any) -> None:
         if not said.strip():
             continue
         for piece in session.send(said):
-            print(piece, end="", flush=True)
+            print(visible(piece), end="", flush=True)
         print()

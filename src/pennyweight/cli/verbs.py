@@ -222,10 +222,10 @@ def compare(
     with show.Printer(as_json) as printer:
         lists = {"compare.arms": arms, "compare.ranks": ranks, "compare.seeds": seeds}
         given = [f"{key}=[{value}]" for key, value in lists.items() if value is not None]
-        config = load_run(run, [*(overrides or ()), *given]).config
+        loaded = load_run(run, [*(overrides or ()), *given])
         from pennyweight.compare import compare as side_by_side
 
-        found = side_by_side(config)
+        found = side_by_side(loaded.config, origin=loaded.origin)
         printer.give(found.to_dict(), lambda: show.comparison(found))
 
 

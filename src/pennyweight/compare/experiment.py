@@ -26,7 +26,7 @@ from pennyweight.compare.folder import ComparisonFolder, read_answer, write_answ
 from pennyweight.compare.launch import in_a_process
 from pennyweight.compare.outcome import Comparison
 from pennyweight.compare.page import write_page
-from pennyweight.config import RunConfig, resolve, to_yaml
+from pennyweight.config import RunConfig, origins, resolve, to_yaml
 from pennyweight.errors import ConfigError, DivergedError, Interrupted, MemoryExhausted
 from pennyweight.files import disk_faults
 from pennyweight.finetune import AGAIN
@@ -42,20 +42,25 @@ Launch = Callable[[Sequence[str], Mapping[str, Any] | None], dict[str, Any]]
 def compare(
     config: RunConfig,
     *,
+    origin: Mapping[str, str] | None = None,
     launch: Launch | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Train and measure every arm that `config` describes, or go on where it was left.
 
     Everything is in `config.output_dir`: `compare.json`, `compare.md`, pictures, and a folder for
-    each arm with an ordinary run for each seed. Interrupted after a signal.
+    each arm with an ordinary run for each seed. `origin` says where each value came from.
+    Interrupted after a signal.
     """
+    origin = origin or origins(config)
     config = resolve(config)
     refuse_useless(config)
     say = say or partial(print, file=sys.stderr, flush=True)
     folder = Path(config.output_dir)
     with disk_faults(folder, AGAIN), RunLock(folder), StopRequest() as stop:
-        return Experiment(config, launch or partial(in_a_process, stop=stop), say, stop).whole()
+        made = Experiment(config, launch or partial(in_a_process, stop=stop), say, stop)
+        made.tell_unused(origin)
+        return made.whole()
 
 
 class Experiment:
@@ -74,6 +79,20 @@ class Experiment:
         self.seeds = tuple(dict.fromkeys(config.compare.seeds))
         self.found = Findings(config)
         self.ground: dict[str, Any] = {}
+
+    def tell_unused(self, origin: Mapping[str, str]) -> None:
+        """One learning rate for arms that want different ones would decide the experiment, so what
+        the description gives for its own run is left alone, and that is said."""
+        told, rates = origin["train.learning_rate"], self.config.compare.learning_rates
+        tuned = [arm for arm in self.arms if arm.given_rate(rates) is None]
+        if not tuned or told == "default" or told.startswith("follows from"):
+            return
+        rate, names = self.config.train.learning_rate, ", ".join(arm.label for arm in tuned)
+        self.found.notices.append(
+            f"train.learning_rate {rate:g} ({told}) is not used: the rate of {names} is tuned; "
+            f"compare.learning_rates={{{tuned[0].method}: {rate:g}}} gives one"
+        )
+        self.say(self.found.notices[-1])
 
     def whole(self) -> Comparison:
         """Every arm in turn; the page is written anew after each."""

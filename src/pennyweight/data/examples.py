@@ -10,11 +10,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +20,7 @@ import numpy as np
 
 from pennyweight.data.arrays import GrowingArray, GrowingTexts, Texts, write_array
 from pennyweight.data.conversation import Example
+from pennyweight.files import scratch_folder
 
 __all__ = [
     "Examples",
@@ -31,7 +29,6 @@ __all__ = [
     "load_folder",
     "put",
     "save_folder",
-    "unfinished",
     "write_manifest",
 ]
 
@@ -178,7 +175,7 @@ class Stored:
 def save_folder(folder: Path, parts: Mapping[str, Examples], facts: dict[str, Any]) -> None:
     """Write the examples of each part and what is known of them; the folder appears when whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(folder.parent) as room:
+    with scratch_folder(folder.parent) as room:
         for part, examples in parts.items():
             writer = ExamplesWriter(room, part)
             for example in examples:
@@ -186,16 +183,6 @@ def save_folder(folder: Path, parts: Mapping[str, Examples], facts: dict[str, An
             writer.finished()
         write_manifest(room, parts=list(parts), arrays=(), facts=facts)
         put(room, folder)
-
-
-@contextmanager
-def unfinished(parent: Path) -> Iterator[Path]:
-    """A hidden folder to write in, gone at the end unless `put` where it belongs."""
-    room = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
-    try:
-        yield room
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
 
 
 def write_manifest(

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 
 from pennyweight.errors import ConfigError, DiskError
-from pennyweight.files import make_folder
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from pennyweight.files import lock, make_folder
 
 __all__ = ["RunLock"]
-
-# Windows locks bytes and keeps others from reading them; this one is far behind the owner's name.
-_LOCKED_BYTE = 1 << 30
 
 
 class RunLock:
@@ -45,7 +35,7 @@ class RunLock:
                 "check its rights, or name another output_dir"
             ) from fault
         try:
-            if not _taken(number):
+            if not lock(number):
                 raise ConfigError(
                     f"{self.path.parent}: another run is writing here ({_owner(number)}); wait "
                     "for it, stop it, or name another output_dir"
@@ -64,21 +54,6 @@ class RunLock:
         if self._number is not None:
             os.close(self._number)
             self._number = None
-
-
-def _taken(number: int) -> bool:
-    """Whether the lock is ours now; False where a living process holds it."""
-    try:
-        if sys.platform == "win32":
-            os.lseek(number, _LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as fault:
-        if fault.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            return False
-        raise
-    return True
 
 
 def _sign(number: int) -> None:

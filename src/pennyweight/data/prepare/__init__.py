@@ -19,7 +19,7 @@ from pennyweight.config import DataConfig, Source
 from pennyweight.data import dataset
 from pennyweight.data.chat import Renderer
 from pennyweight.data.conversation import Conversation
-from pennyweight.data.examples import Examples, Stored, load_folder, put, unfinished
+from pennyweight.data.examples import Examples, Stored, load_folder, put
 from pennyweight.data.ledger import Ledger, LedgerRows
 from pennyweight.data.limits import past_limits
 from pennyweight.data.prepare.identity import key_of, made_of, refuse_changed, settings_of
@@ -27,6 +27,7 @@ from pennyweight.data.prepare.making import make, renderer_of
 from pennyweight.data.prepare.recipe import Recipe
 from pennyweight.data.specimens import Specimen, as_trained
 from pennyweight.errors import DataError, DiskError
+from pennyweight.files import scratch_folder
 
 __all__ = ["Prepared", "Question", "located", "prepare"]
 
@@ -118,7 +119,7 @@ def _cached_or_made(recipe: Recipe, cache: Path) -> Prepared:
     if stored is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished(folder.parent) as room:
+            with scratch_folder(folder.parent) as room:
                 make(recipe, room)
                 refuse_changed(settings, recipe)
                 put(room, folder)
@@ -126,7 +127,7 @@ def _cached_or_made(recipe: Recipe, cache: Path) -> Prepared:
         except OSError as error:
             notes = [f"the prepared data could not be cached in {folder.parent}: {error.strerror}"]
             # Mapped files outlive their names.
-            with unfinished(Path(tempfile.gettempdir())) as room:
+            with scratch_folder(Path(tempfile.gettempdir())) as room:
                 make(recipe, room)
                 refuse_changed(settings, recipe)
                 stored = _read_back(room)
