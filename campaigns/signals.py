@@ -11,12 +11,15 @@ import os
 import random
 import shutil
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from inspect import unwrap
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
+from typing import Any
 
 from campaigns.children import Child, stop_before
 from campaigns.small_world import World
@@ -59,12 +62,13 @@ def twice(tally: Tally, cases: int | None) -> None:
     description = world.describe("stopped")
     works = {name: code for name, code, _ in _works()}
     saving = ("save", "writing", "retirement")
-    # A micro-step of an odd number is the first of its two.
     pairs = [
         (first, nth, second)
         for first, nth, seconds in (
-            ("micro-step", 5, ("micro-step", "optimizer step", *saving)),
-            ("micro-step", 9, ("micro-step", "optimizer step", *saving)),
+            *(
+                ("micro-step", nth, ("micro-step", "optimizer step", *saving))
+                for nth in _followed_by_another(world, description, works)
+            ),
             ("optimizer step", 4, saving),
             ("evaluation", 3, saving),
         )
@@ -89,10 +93,31 @@ def twice(tally: Tally, cases: int | None) -> None:
     tally.remark(f"slowest {slowest_s:.2f} s from the second signal to the end")
 
 
+def _followed_by_another(
+    world: World, description: Path, works: dict[str, CodeType]
+) -> tuple[int, ...]:
+    """Two micro-steps, by their number, that another of the same optimizer step follows."""
+    names = {works[name]: name for name in ("micro-step", "optimizer step")}
+    order = world.folder / "order"
+    order.unlink(missing_ok=True)
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in names:
+            with order.open("a") as file:
+                file.write(names[frame.f_code] + "\n")
+
+    world.train(description, before=partial(sys.setprofile, note)).wait()
+    done = order.read_text().splitlines()
+    steps = [i for i, name in enumerate(done) if name == "micro-step"]
+    followed = [n for n, i in enumerate(steps, 1) if done[i + 1] == "micro-step"]
+    return followed[len(followed) // 3], followed[2 * len(followed) // 3]
+
+
 def _ask_and_send(code: CodeType, sent: Path) -> None:
     """In the child: the first signal now, the second at the next call of this code."""
-    os.kill(os.getpid(), signal.SIGTERM)
     stop_before(code, 1, then=partial(_send, signal.SIGINT, sent))
+    # A little later: what a handler raises inside a profiler would also end the profiler.
+    threading.Timer(0.002, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
 
 def _works() -> list[tuple[str, CodeType, tuple[int, ...]]]:

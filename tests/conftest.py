@@ -32,9 +32,12 @@ os.environ |= audit.environment(_told_by_children, _watch.folders)
 
 from jaxtyping import install_import_hook
 
-# An int is welcome where a float is asked for, as everywhere in Python (PEP 484).
+# The rooms whose functions say shapes; what stands elsewhere mypy checks. An int is welcome where a
+# float is asked for, as everywhere in Python (PEP 484).
+SHAPED = ("attention", "compare.spectrum", "generate", "lora", "loss", "model", "optim", "quant")
 install_import_hook(
-    "pennyweight", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    [f"pennyweight.{room}" for room in SHAPED],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
 import numpy as np

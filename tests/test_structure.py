@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import pennyweight
+from tests.conftest import SHAPED
 
 ROOT = Path(pennyweight.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -42,6 +43,13 @@ def test_a_module_names_its_face(name: str) -> None:
     face = getattr(module, "__all__", [])
     assert list(face) == sorted(face, key=lambda it: (not it.isupper(), not it[0].isupper(), it))
     assert all(hasattr(module, each) for each in face)
+
+
+def test_shapes_are_checked_wherever_they_are_said() -> None:
+    for path in FILES:
+        if "from jaxtyping import" in path.read_text(encoding="utf-8"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            assert name.startswith(SHAPED), f"{name}: add its room to SHAPED in tests/conftest.py"
 
 
 def test_names_say_what_they_hold() -> None:

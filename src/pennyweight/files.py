@@ -20,7 +20,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-__all__ = ["disk_faults", "lock", "make_folder", "scratch_folder", "sync", "whole"]
+__all__ = ["disk_faults", "lock", "make_folder", "mend", "scratch_folder", "sync", "whole"]
 
 _SCRATCH = ".unfinished-"
 # Windows locks bytes and keeps others from reading them; this one is far behind what is written.
@@ -113,6 +113,12 @@ def lock(number: int) -> bool:
             return False
         raise
     return True
+
+
+def mend(fault: OSError) -> str:
+    """What to do about a folder or a file that cannot be written."""
+    full = fault.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None), errno.EFBIG)
+    return "free some space" if full else "check its rights"
 
 
 def make_folder(folder: Path) -> None:

@@ -116,7 +116,9 @@ def quickstart(
 def _side_by_side(output_dir: str, say: Callable[[str], None]) -> None:
     """Three held-out questions, answered by the base and by the adapter."""
     folder = RunFolder(Path(output_dir))
-    tuned, base = open_chat(output_dir), open_chat(output_dir, None)
+    most = folder.config().evaluate.max_new_tokens
+    tuned = open_chat(output_dir, max_new_tokens=most)
+    base = open_chat(output_dir, None, max_new_tokens=most)
     for question in folder.read_held_out().questions[:QUESTIONS]:
         prompt = tuned.renderer.decode(question.prompt_ids)
         _heading(say, question.source)

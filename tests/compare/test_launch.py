@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pennyweight.compare import compare
 from pennyweight.compare.launch import _error, in_a_process
-from pennyweight.config import to_yaml
 from pennyweight.errors import ConfigError, Interrupted, MemoryExhausted, PennyweightError
+from tests.compare.conftest import Launched
 
 
 def never() -> None:
@@ -41,28 +42,28 @@ def test_deaths_without_a_word() -> None:
     assert type(_error(2, told)) is PennyweightError
 
 
-def test_a_signal_in_the_middle_of_an_arm_ends_with_75_and_a_checkpoint(
-    description: Any, tmp_path: Path
+def test_a_signal_in_the_middle_of_an_arm_leaves_a_checkpoint_to_resume_from(
+    description: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The arm trains in a process of its own; the comparison, and its other parts, in this one."""
+    parts = Launched()
+
+    def launched(arguments: Any, job: Any, *, stop: Any) -> dict[str, Any]:
+        in_this = arguments[0] != "train"
+        return parts(arguments, job) if in_this else in_a_process(arguments, job, stop)
+
+    monkeypatch.setattr("pennyweight.compare.experiment.in_a_process", launched)
     settings = {"arms": ["lora"], "learning_rates": {"lora": 1e-3}}
     config = description(tmp_path / "out", train={"max_steps": 100_000}, **settings)
-    (tmp_path / "run.yaml").write_text(to_yaml(config, commented=False))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pennyweight", "compare", "run.yaml"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     events = tmp_path / "out" / "lora-r4" / "seed-0" / "events.jsonl"
-    try:
-        while process.poll() is None:
-            if events.is_file() and '"kind": "step"' in events.read_text():
-                process.send_signal(signal.SIGTERM)
-                break
-            time.sleep(0.1)
-        _, said = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 75, said
-    assert "the same command resumes" in said
-    assert list((events.parent / "checkpoints").iterdir())
+
+    def send_at_the_first_step() -> None:
+        while not (events.is_file() and '"kind": "step"' in events.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send_at_the_first_step, daemon=True).start()
+    with pytest.raises(Interrupted, match="SIGTERM: .* the same command resumes"):
+        compare(config, say=lambda text: None)
+    last = max((events.parent / "checkpoints").iterdir())
+    assert last.name > "step-000000"

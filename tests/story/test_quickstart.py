@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pennyweight.config import Source
 from pennyweight.quickstart import quickstart, quickstart_config
 
 
@@ -10,8 +11,10 @@ def test_the_story_is_told_to_its_end(tmp_path, monkeypatch):
     whole = quickstart_config(str(tmp_path / "run"))
     short = {"max_steps": 2, "tokens_per_step": 512, "warmup_steps": 1, "eval_steps": 2}
     few = {"max_rows": 4, "generate_rows": 4, "max_new_tokens": 16}
+    part = {"train": Source(path="builtin", weight=0.05)}
     whole = whole.model_copy(
         update={
+            "data": whole.data.model_copy(update=part),
             "train": whole.train.model_copy(update=short),
             "evaluate": whole.evaluate.model_copy(update=few),
         }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,6 @@ from pennyweight.train.lock import RunLock
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the lock needs fcntl")
 
-HOLDER = """
-import os, sys
-from pathlib import Path
-from pennyweight.train.lock import RunLock
-with RunLock(Path(sys.argv[1])):
-    print(os.getpid(), flush=True)
-    sys.stdin.read()
-"""
-
 
 def test_a_second_run_is_refused_and_the_first_named(tmp_path: Path) -> None:
     with RunLock(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
@@ -31,20 +23,31 @@ def test_a_second_run_is_refused_and_the_first_named(tmp_path: Path) -> None:
         pass
 
 
+def holder_of(folder: Path) -> int:
+    """A forked process that owns the folder, and does nothing else until it is killed."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads; the child starts none
+        child = os.fork()
+    if child == 0:
+        with RunLock(folder):
+            os.write(writer, b"held")
+            signal.pause()
+        os._exit(0)
+    os.close(writer)
+    assert os.read(reader, 4) == b"held"
+    os.close(reader)
+    return child
+
+
 def test_a_killed_owner_does_not_stand_in_the_way(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with holder:
-        assert holder.stdout is not None
-        pid = holder.stdout.readline().strip()
-        with pytest.raises(ConfigError, match=f"process {pid} on "):
+    child = holder_of(tmp_path)
+    try:
+        with pytest.raises(ConfigError, match=f"process {child} on "):
             RunLock(tmp_path).__enter__()
-        holder.kill()
-        holder.wait()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     with RunLock(tmp_path):
         pass
 

@@ -77,7 +77,11 @@ class ChatSession:
 
 
 def open_chat(
-    folder: Path | str, adapter: str | None = "default", *, temperature: float = 0.0
+    folder: Path | str,
+    adapter: str | None = "default",
+    *,
+    temperature: float = 0.0,
+    max_new_tokens: int = 512,
 ) -> ChatSession:
     """A session with the run's tuned model, or with its bare base where `adapter` is None."""
     if adapter not in (None, "default"):
@@ -89,4 +93,5 @@ def open_chat(
         run.renderer(base.tokenizer),
         adapter=adapter_slot(config) if adapter else None,
         temperature=temperature,
+        max_new_tokens=max_new_tokens,
     )

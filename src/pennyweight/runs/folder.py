@@ -21,7 +21,7 @@ from pennyweight.data.examples import Examples, load_folder, save_folder
 from pennyweight.data.prepare import Prepared, Question
 from pennyweight.data.specimens import Specimen
 from pennyweight.errors import ConfigError, DiskError
-from pennyweight.files import whole
+from pennyweight.files import mend, whole
 from pennyweight.lora import Adapter, adapter_of, attach, described
 from pennyweight.model import BaseModel, load_base
 from pennyweight.runs.card import run_card
@@ -242,4 +242,6 @@ class RunFolder:
             with whole(self.path / name) as partial:
                 partial.write_text(text, encoding="utf-8")
         except OSError as fault:
-            raise DiskError(f"{self.path / name}: cannot be written ({fault.strerror})") from fault
+            raise DiskError(
+                f"{self.path / name}: cannot be written ({fault.strerror}); {mend(fault)}"
+            ) from fault

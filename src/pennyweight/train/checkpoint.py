@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pennyweight.errors import ConfigError, DiskError, DivergedError
-from pennyweight.files import make_folder, sync
+from pennyweight.files import make_folder, mend, sync
 
 __all__ = [
     "CheckpointState",
@@ -135,7 +135,9 @@ def retire(folder: Path, keep: int, best: int | None = None) -> list[Path]:
         try:
             place.rename(going)
         except OSError as fault:
-            raise DiskError(f"{place}: could not be removed ({fault}); check its rights") from fault
+            raise DiskError(
+                f"{place}: could not be removed ({fault.strerror}); {mend(fault)}"
+            ) from fault
         _remove(going)
     return removed
 

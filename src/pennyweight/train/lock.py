@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from pennyweight.errors import ConfigError, DiskError
-from pennyweight.files import lock, make_folder
+from pennyweight.files import lock, make_folder, mend
 
 __all__ = ["RunLock"]
 
@@ -31,8 +31,8 @@ class RunLock:
             number = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as fault:
             raise DiskError(
-                f"{self.path.parent}: cannot be written to ({fault.strerror}); "
-                "check its rights, or name another output_dir"
+                f"{self.path.parent}: cannot be written to ({fault.strerror}); {mend(fault)}, or "
+                "name another output_dir"
             ) from fault
         try:
             if not lock(number):
@@ -43,7 +43,10 @@ class RunLock:
             _sign(number)
         except OSError as fault:
             os.close(number)
-            raise DiskError(f"{self.path}: cannot be locked ({fault.strerror})") from fault
+            raise DiskError(
+                f"{self.path}: cannot be locked ({fault.strerror}); {mend(fault)}, or name another "
+                "output_dir"
+            ) from fault
         except ConfigError:
             os.close(number)
             raise
