@@ -70,13 +70,17 @@ class Child:
             os.kill(self.pid, number)
 
     def wait(self, timeout_s: float = LONGEST_S) -> int:
-        """Its exit code, negative for the signal that killed it; TimeoutError kills it."""
-        until = time.monotonic() + timeout_s
+        """Its exit code, negative for the signal that killed it; TimeoutError kills it.
+
+        While this process stands still too (stopped, or the machine asleep) no time is counted.
+        """
+        waited_s, seen = 0.0, time.monotonic()
         while self.code is None:
             found, status = os.waitpid(self.pid, os.WNOHANG)
+            waited_s, seen = waited_s + min(time.monotonic() - seen, 0.1), time.monotonic()
             if found:
                 self.code = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > until:
+            elif waited_s > timeout_s:
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 self.code = -signal.SIGKILL
@@ -193,7 +197,7 @@ class Strace:
 
     def end(self) -> None:
         """Once the child has ended."""
-        self._strace.wait(timeout=LONGEST_S)
+        self._strace.wait()
         assert self._strace.stderr is not None
         self._strace.stderr.close()
 

@@ -63,7 +63,7 @@ def test_a_signal_in_the_middle_of_an_arm_leaves_a_checkpoint_to_resume_from(
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=send_at_the_first_step, daemon=True).start()
-    with pytest.raises(Interrupted, match="SIGTERM: .* the same command resumes"):
+    with pytest.raises(Interrupted, match=r"SIGTERM: .* the same command resumes"):
         compare(config, say=lambda text: None)
     last = max((events.parent / "checkpoints").iterdir())
     assert last.name > "step-000000"
