@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import re
 import tracemalloc
 from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +52,27 @@ _VALUES: tuple[Any, ...] = (
     "\x1b[2J",
     "\u2028",
 )
+_ODD_CELLS: tuple[Any, ...] = (
+    b"\xff\x00",
+    math.nan,
+    -math.inf,
+    2**63 - 1,
+    "\x1b[2J\u2028",
+    Decimal("1e30"),
+    datetime.max.replace(microsecond=0),
+    [None],
+    [[1.5]],
+    {"a": None},
+)
 
 
 def run(tally: Tally, cases: int | None) -> None:
     lines = cases or LINES
-    dice, kinds = random.Random(0), (".jsonl", ".json", ".csv", ".tsv", ".txt", "array")
+    dice, kinds = random.Random(0), [".jsonl", ".json", ".csv", ".tsv", ".txt", "array"]
+    if find_spec("pyarrow") is None:
+        tally.remark("no Parquet: pyarrow is not installed")
+    else:
+        kinds.append(".parquet")
     done = 0
     while done < lines:
         kind = kinds[(done // LINES_A_FILE) % len(kinds)]
@@ -68,6 +88,9 @@ def run(tally: Tally, cases: int | None) -> None:
 def _write(path: Path, kind: str, number: int, dice: random.Random) -> set[int]:
     """Lines of one file; gives the numbers of JSON lines that have to be refused by name."""
     planted: set[int] = set()
+    if kind == ".parquet":
+        _write_parquet(path, number, dice)
+        return planted
     lines: list[bytes] = []
     for at in range(1, number + 1):
         if kind == ".jsonl" and dice.random() < 0.02:
@@ -82,6 +105,30 @@ def _write(path: Path, kind: str, number: int, dice: random.Random) -> set[int]:
     else:
         path.write_bytes(b"\n".join(lines))
     return planted
+
+
+def _write_parquet(path: Path, number: int, dice: random.Random) -> None:
+    """A table some of whose columns are of another type than they should be, with values left out;
+    the bytes of every other one are damaged."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    _, row = dice.choice(GOOD)
+    columns = {}
+    for name, value in row.items():
+        odd = dice.choice(_ODD_CELLS) if dice.random() < 0.3 else value
+        cells = [None if dice.random() < 0.1 else odd for _ in range(number)]
+        try:
+            columns[name] = pyarrow.array(cells)
+        except (pyarrow.ArrowException, TypeError):  # lists beside texts make no column
+            columns[name] = pyarrow.array([json.dumps(cell) for cell in cells])
+    write_table(pyarrow.table(columns), path)
+    if dice.random() < 0.5:
+        held = bytearray(path.read_bytes())
+        for _ in range(dice.randrange(1, 6)):
+            at = dice.randrange(len(held))
+            held[at : at + dice.randrange(3)] = dice.randbytes(dice.randrange(3))
+        path.write_bytes(held)
 
 
 def _row(dice: random.Random) -> bytes:
@@ -133,7 +180,10 @@ def _judge(path: Path, planted: set[int]) -> str | None:
     if watched.seen:
         return "; ".join(watched.seen[:3])
     for line in said.splitlines():
-        if not re.match(rf"{re.escape(path.name)}(:\d+)?: |and [\d,]+ more", line.split("/")[-1]):
+        if not re.match(
+            rf"{re.escape(path.name)}(:\d+)?: |and [\d,]+ more",
+            line.removeprefix(f"{path.parent}/"),
+        ):
             return f"a fault without its place: {line[:120]!r}"
     if planted:
         alone = Faults()

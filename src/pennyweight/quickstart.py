@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pennyweight.calibrate import calibrated
 from pennyweight.config import RunConfig
 from pennyweight.finetune import finetune, look
-from pennyweight.plan import plan
+from pennyweight.plan import named_device, plan
 from pennyweight.runs import evaluate_run, merge_run, open_chat
 from pennyweight.runs.folder import RunFolder
 
@@ -67,7 +68,8 @@ def quickstart(
     config = config or quickstart_config(output_dir)
     merged = Path(output_dir) / "merged"
     _heading(say, "What it will take")
-    predicted = plan(config)
+    device = calibrated(named_device(config.base.device), config)
+    predicted = plan(config, device=device)
     for what, size, remark in predicted.table_rows():
         if what in TOLD:
             say(f"{what:<24}{size:>10}  {remark}")

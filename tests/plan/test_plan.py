@@ -151,3 +151,29 @@ def test_config_alone_gives_the_librarys_shapes(tiny_model_folder: object, famil
 def test_the_plan_room_imports_nothing_heavy() -> None:
     code = "import sys, pennyweight.plan; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_disk_has_no_room_for_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    free = {"hub": 9_300_000_000, "run": 10**15}
+    monkeypatch.setattr("pennyweight.plan.cost._free", lambda folder: free[folder.name])
+    config = run(1).model_copy(update={"output_dir": str(tmp_path / "run")})
+    elsewhere = config.model_copy(
+        update={"base": config.base.model_copy(update={"model": "someone/llama"})}
+    )
+    card = named_device("a100-80")
+    said = plan(elsewhere, LLAMA3, device=card)
+    first, second = said.sentence().splitlines()
+    assert first.startswith("Fits: ")
+    assert second == (
+        "Not enough disk: the download needs 16.06 GB, 9.30 GB are free there; free some, or set "
+        "HF_HOME to a larger disk."
+    )
+    assert said.to_dict()["disk"]["download_free"] == free["hub"]
+    assert "Not enough" not in plan(config, LLAMA3, device=card).sentence()  # builtin is here
+    free["run"] = 10**6
+    assert "checkpoints and result need" in plan(config, LLAMA3, device=card).sentence()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # begun: some of it is there
+    assert "Not enough" not in plan(config, LLAMA3, device=card).sentence()

@@ -8,6 +8,7 @@ from pennyweight.quickstart import quickstart, quickstart_config
 
 def test_the_story_is_told_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pennyweight.quickstart.calibrated", lambda device, config: device)
     whole = quickstart_config(str(tmp_path / "run"))
     short = {"max_steps": 2, "tokens_per_step": 512, "warmup_steps": 1, "eval_steps": 2}
     few = {"max_rows": 4, "generate_rows": 4, "max_new_tokens": 16}

@@ -150,6 +150,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict memory, time and disk before anything is loaded."""
+    from pennyweight.calibrate import calibrated
     from pennyweight.config import load_run
     from pennyweight.plan import fit as find_fit
     from pennyweight.plan import named_device, parse_memory
@@ -157,7 +158,7 @@ def plan(
 
     with show.Printer(as_json) as printer:
         config = load_run(run, overrides or ()).config
-        on = named_device(device) if device else None
+        on = calibrated(named_device(device or config.base.device), config)
         if fit:
             found = find_fit(config, device=on, budget_bytes=parse_memory(fit))
             printer.give(show.plain_fields(found), lambda: show.facts(show.plain_fields(found)))

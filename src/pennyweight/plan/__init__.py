@@ -12,8 +12,14 @@ from typing import Any, Literal
 from pennyweight.config import RunConfig
 from pennyweight.errors import ConfigError
 from pennyweight.plan.batches import batch_peaks
-from pennyweight.plan.cost import Cost, Disk, cost, disk
-from pennyweight.plan.devices import DEVICES, Device, named_device, parse_memory
+from pennyweight.plan.cost import Cost, Disk, cost, disk, paced
+from pennyweight.plan.devices import (
+    DEVICES,
+    Device,
+    named_device,
+    parse_memory,
+    resident_bytes,
+)
 from pennyweight.plan.guess import guess_rows
 from pennyweight.plan.memory import Moment, Part, parts, peak
 from pennyweight.plan.outline import shapes_of
@@ -28,11 +34,15 @@ __all__ = [
     "Fit",
     "Part",
     "Plan",
+    "Setting",
     "batch_peaks",
     "fit",
     "named_device",
+    "paced",
     "parse_memory",
     "plan",
+    "resident_bytes",
+    "shapes_of",
 ]
 
 Verdict = Literal["fits", "fits with changes", "cannot"]

@@ -19,7 +19,7 @@ from typing import Literal
 
 from pennyweight.errors import ConfigError
 
-__all__ = ["DEVICES", "Device", "named_device", "parse_memory", "this_device"]
+__all__ = ["DEVICES", "Device", "named_device", "parse_memory", "resident_bytes", "this_device"]
 
 GIB = 2**30
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -28,7 +28,11 @@ _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where a run happens. Memory in bytes, bandwidth in bytes a second, throughput in FLOP/s."""
+    """Where a run happens. Memory in bytes, bandwidth in bytes a second, throughput in FLOP/s.
+
+    The last three are known where they were measured: what a process holds beside tensors, 4-bit
+    weights turned back in a second, and what an operation costs however small it is.
+    """
 
     name: str
     kind: Literal["cuda", "cpu", "mps"]
@@ -37,6 +41,9 @@ class Device:
     fp32: float
     half: float | None = None
     half_type: Literal["bfloat16", "float16"] = "bfloat16"
+    process_bytes: int | None = None
+    dequantized: float | None = None
+    launch_s: float | None = None
 
     @property
     def dtype(self) -> str:
@@ -159,6 +166,14 @@ def _processor() -> Device:
         lanes = 1.6 if "avx512f" in flags else 1.0 if "avx2" in flags else 0.5
     speed = (cores or 1) * _CPU_FLOPS_A_CORE * lanes
     return Device("cpu", "cpu", _ram_available(), _CPU_BANDWIDTH, speed)
+
+
+def resident_bytes() -> int | None:
+    """What this process holds in memory now; None where the system does not tell."""
+    try:
+        return _kilobytes("/proc/self/status", "VmRSS")
+    except (OSError, ValueError):
+        return None
 
 
 def _ram_total() -> int:

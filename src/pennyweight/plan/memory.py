@@ -67,14 +67,16 @@ def parts(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
             ("backward",),
         ),
         *_allocator(setting, policy),
-        Part(
-            "process",
-            PROCESS_BYTES[setting.device.kind],
-            "interpreter, torch, kernels",
-            ALWAYS,
-            False,
-        ),
+        _process(setting),
     )
+
+
+def _process(setting: Setting) -> Part:
+    """What no tensor accounts for: as it was measured, else what is usual."""
+    measured = setting.device.process_bytes
+    size = PROCESS_BYTES[setting.device.kind] if measured is None else measured
+    note = "interpreter, torch, kernels" + ("" if measured is None else ", measured here")
+    return Part("process", size, note, ALWAYS, False)
 
 
 def peak(rows: Iterable[Part], *, allocated: bool = False) -> tuple[int, Moment]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pennyweight.foreign import ForeignError, file_in, is_folder, read_json
 from pennyweight.shapes import Shapes, is_hub_id, shapes_of_config, size_faults
 
-__all__ = ["is_here", "shapes_of"]
+__all__ = ["hub_cache", "is_here", "shapes_of"]
 
 
 def shapes_of(model: str) -> Shapes:
@@ -37,6 +37,12 @@ def is_here(model: str) -> bool:
     return folder is not None and any(folder.glob("*.safetensors"))
 
 
+def hub_cache() -> Path:
+    """Where downloads of the Hub go."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+
+
 def _folder(model: str) -> Path | None:
     """The model's folder if it is on this machine."""
     if model == "builtin":
@@ -48,9 +54,7 @@ def _folder(model: str) -> Path | None:
     if not is_hub_id(model):
         return None
     name, _, revision = model.partition("@")
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    repository = cache / f"models--{name.replace('/', '--')}"
+    repository = hub_cache() / f"models--{name.replace('/', '--')}"
     commit = revision or "main"
     with contextlib.suppress(OSError):  # a commit rather than a branch, or nothing here
         commit = (repository / "refs" / commit).read_text(encoding="utf-8").strip()

@@ -53,7 +53,23 @@ def rows_of(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def sentence_of(plan: Plan) -> str:
-    """The verdict in words, with what to paste."""
+    """The verdict in words, with what to paste; and what the disk has no room for."""
+    return "\n".join([_of_memory(plan), *_of_disk(plan)])
+
+
+def _of_disk(plan: Plan) -> list[str]:
+    mends = {
+        "output": ("checkpoints and result need", "free some, or name another output_dir"),
+        "download": ("the download needs", "free some, or set HF_HOME to a larger disk"),
+    }
+    return [
+        f"Not enough disk: {mends[name][0]} {as_size(needed)}, {as_size(free)} are free there; "
+        f"{mends[name][1]}."
+        for name, (needed, free) in plan.disk.wanting.items()
+    ]
+
+
+def _of_memory(plan: Plan) -> str:
     needs = (
         f"needs {as_size(plan.peak_bytes)} of {as_size(plan.budget_bytes)} on {plan.device.name}"
     )
@@ -74,11 +90,13 @@ def sentence_of(plan: Plan) -> str:
 def _work(plan: Plan) -> list[tuple[str, str, str]]:
     cost = plan.cost
     share = 100 * plan.trained_parameters / plan.parameters
+    measured = plan.device.launch_s is not None
+    told = "estimate" + (", from steps measured here" if measured else ", idle device")
     rows = [
         ("parameters", f"{plan.parameters:,}", ""),
         ("trained parameters", f"{plan.trained_parameters:,}", f"{share:.2f} %"),
         ("operations a token", f"{cost.flops_a_token / 1e9:.3g} GFLOP", ""),
-        ("speed", f"{cost.tokens_a_second:,.0f} tokens/s", "estimate, idle device"),
+        ("speed", f"{cost.tokens_a_second:,.0f} tokens/s", told),
         ("optimizer step", as_duration(cost.step_seconds), "estimate"),
     ]
     if cost.steps is None or cost.tokens is None or cost.seconds is None:
@@ -99,5 +117,8 @@ def _disk(plan: Plan) -> list[tuple[str, str, str]]:
         ("disk: checkpoints", as_size(plan.disk.checkpoints), "weights and optimizer state"),
     ]
     if plan.disk.download:
-        rows.append(("download", as_size(plan.disk.download), "estimate, 16-bit weights"))
+        free = plan.disk.download_free
+        remark = "estimate, 16-bit weights"
+        remark += "" if free is None else f"; {as_size(free)} free there"
+        rows.append(("download", as_size(plan.disk.download), remark))
     return rows

@@ -1,0 +1,202 @@
+"""What this machine takes and gives a run, measured once on the built-in model, for `plan`.
+
+Products, dequantization and two training steps, a short and a long one, are timed in a process of
+its own, which also tells what it holds beside tensors. The two steps give what a plan cannot know
+of a processor: seconds an operation costs however small it is, and bytes a second that everything
+between the products sweeps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pennyweight.config import BaseConfig, DataConfig, RunConfig, TrainConfig, resolve
+from pennyweight.files import whole
+from pennyweight.plan import Device, Setting, paced, resident_bytes, shapes_of
+
+__all__ = ["Measured", "calibrated"]
+
+SHORT, LONG = 64, 1024
+LONGEST_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`process_bytes`: resident beside tensors. `flops`, `dequantized`: float32 operations and
+    weights a second. `short_s`, `long_s`: a step of SHORT and of LONG tokens, built-in model."""
+
+    process_bytes: int | None
+    flops: float
+    dequantized: float
+    short_s: float
+    long_s: float
+
+
+def calibrated(device: Device, config: RunConfig, *, cache: Path | None = None) -> Device:
+    """The processor of this machine with what was measured of it, now or earlier.
+
+    Other devices, and a machine on which nothing could be measured, are given back as they are.
+    `cache`: default `$PENNYWEIGHT_CACHE`, else `~/.cache/pennyweight`.
+    """
+    if device.kind != "cpu":
+        return device
+    named = os.environ.get("PENNYWEIGHT_CACHE")
+    file = cache or (Path(named) if named else Path.home() / ".cache" / "pennyweight")
+    file /= "machine.json"
+    method = config.train.method
+    key = json.dumps([method, _circumstances()])
+    known = _read(file)
+    if key not in known:
+        found = _in_a_process(method)
+        if found is None:
+            return device
+        known[key] = asdict(found)
+        _keep(file, known)
+    measured = Measured(**known[key])
+    told = replace(
+        device,
+        fp32=measured.flops,
+        dequantized=measured.dequantized,
+        process_bytes=measured.process_bytes,
+    )
+    shapes, builtin = shapes_of("builtin"), _described(method)
+    return paced(
+        told,
+        [
+            (Setting(_of_tokens(builtin, tokens), shapes, told), seconds)
+            for tokens, seconds in ((SHORT, measured.short_s), (LONG, measured.long_s))
+        ],
+    )
+
+
+def _circumstances() -> list[str]:
+    """What the figures hold for: a machine as it is set up."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    names = ("pennyweight", "torch", "transformers")
+    return [
+        platform.node(),
+        platform.python_version(),
+        f"{threads} of {cores}",
+        *map(version, names),
+    ]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for told in found.values():
+            Measured(**told)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    return dict(found)
+
+
+def _keep(file: Path, known: dict[str, Any]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole(file) as partial:
+            partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    except OSError:
+        return  # it is measured again next time
+
+
+def _in_a_process(method: str) -> Measured | None:
+    command = [sys.executable, "-m", "pennyweight.calibrate", method]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=LONGEST_S
+        )
+        return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
+        return None
+
+
+def _described(method: str) -> RunConfig:
+    """The built-in model trained by this method."""
+    return resolve(
+        RunConfig(
+            base=BaseConfig(model="builtin", device="cpu", dtype="float32"),
+            data=DataConfig(train="builtin", packing=False),
+            train=TrainConfig(
+                method=method, batch_size=1, max_steps=8, gradient_checkpointing=False
+            ),  # type: ignore[arg-type]
+        )
+    )
+
+
+def _of_tokens(config: RunConfig, tokens: int) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"max_length": tokens})})
+
+
+def measure(method: str) -> Measured:
+    """Measure it in this process, which should have done nothing else yet."""
+    import torch
+
+    from pennyweight.data.batch import Batch
+    from pennyweight.finetune.learner import trainee, what_learns
+    from pennyweight.model import load_base
+
+    config = _described(method)
+    base = load_base(config.base, trainable=method == "full")
+    parameters = what_learns(base, config)
+    learner = trainee(base, config, parameters, total_steps=8)
+
+    def step(tokens: int) -> None:
+        batch = Batch(
+            ids=torch.arange(tokens) % 256,
+            trained=torch.ones(tokens, dtype=torch.bool),
+            positions=torch.arange(tokens),
+            boundaries=(0, tokens),
+            adapters=(None if method == "full" else "default",),
+            sources=("calibration",),
+        )
+        learner.forward_backward(batch)
+        learner.optim_step()
+
+    step(SHORT)
+    held = [*base.module.parameters(), *base.module.buffers()]
+    held += [t for state in learner.optimizer.state.values() for t in state.values()]
+    resident = resident_bytes()
+    short_s = _fastest(lambda: step(SHORT), 3)
+    left, right = torch.randn(512, 1024), torch.randn(1024, 1024)
+    product_s = _fastest(lambda: left @ right, 5)
+    return Measured(
+        process_bytes=None if resident is None else resident - sum(t.nbytes for t in held),
+        flops=2.0 * left.numel() * right.shape[1] / product_s,
+        dequantized=_dequantized(right),
+        short_s=short_s,
+        long_s=_fastest(lambda: step(LONG), 2),
+    )
+
+
+def _dequantized(weight: Any) -> float:
+    """Weights a second that NF4 with nested scales is turned back into."""
+    from pennyweight.quant import dequantize_4bit, quantize_4bit
+
+    stored = quantize_4bit(weight)
+    return float(weight.numel() / _fastest(lambda: dequantize_4bit(stored), 5))
+
+
+def _fastest(act: Callable[[], object], times: int) -> float:
+    """Seconds of the fastest of so many."""
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        act()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure(sys.argv[1]))))
