@@ -13,7 +13,7 @@ import torch
 
 from pennyweight.config import BaseConfig
 from pennyweight.data.batch import Batch
-from pennyweight.errors import AdapterError, DataError, DivergedError
+from pennyweight.errors import AdapterError, DataError, DivergedError, MemoryExhausted
 from pennyweight.evaluate import (
     LossReport,
     bootstrap,
@@ -45,6 +45,34 @@ def batch(*lengths: int, source: str = "held-out.jsonl") -> Batch:
         adapters=(None,) * len(lengths),
         sources=tuple(f"{source}:{i + 1}" for i in range(len(lengths))),
     )
+
+
+def test_where_memory_does_not_do_smaller_parts_give_the_same(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pennyweight.evaluate import losses
+
+    batches = [batch(9, 14, 3, 20), batch(20, 4, source="more.jsonl")]
+    whole = evaluate_loss(base, batches)
+    assert whole.limit_tokens is None
+    real, tried = losses._document_losses, []
+
+    def tight(base: BaseModel, part: Batch) -> tuple[int, list[float], list[int]]:
+        tried.append(part.tokens)
+        if part.tokens > 20:
+            raise torch.OutOfMemoryError("injected")
+        return real(base, part)
+
+    monkeypatch.setattr(losses, "_document_losses", tight)
+    found = evaluate_loss(base, batches)
+    # Half of 46 is still too much for 9 + 14; half of that leaves the two shortest together.
+    assert tried == [46, 23, 9, 14, 3, 20, 20, 4]
+    assert found.limit_tokens is not None
+    assert found.sources == whole.sources
+    assert (found.count, found.correct) == (whole.count, whole.correct)
+    assert found.document_losses == pytest.approx(whole.document_losses, rel=1e-6)
+    with pytest.raises(MemoryExhausted, match=r"held-out.jsonl:1: one held-out row of 21 tokens"):
+        evaluate_loss(base, [batch(21)])
 
 
 def test_loss_is_transformers_loss_of_each_row(base: BaseModel, tiny_llama_folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pennyweight.data.conversation import Example
 
-__all__ = ["Batch", "collate", "efficiency", "order"]
+__all__ = ["Batch", "collate", "efficiency", "order", "parts"]
 
 _WINDOW_DOCUMENTS = 4096  # packed together; large enough that best fit wastes under 1 %
 
@@ -69,6 +70,35 @@ def collate(examples: Sequence[Example], adapter: str | None = "default") -> Bat
         boundaries=(0, *map(int, ends)),
         adapters=(adapter,) * len(examples),
         sources=tuple(example.source for example in examples),
+    )
+
+
+def parts(batch: Batch, limit_tokens: int | None) -> list[Batch]:
+    """The batch as runs of whole documents of at most `limit_tokens`; a longer document stands alone.
+
+    Documents of 3, 3, 5 tokens under a limit of 6 give two parts: 3 + 3, and 5.
+    """
+    if limit_tokens is None or batch.tokens <= limit_tokens:
+        return [batch]
+    cuts = [0]
+    for document in range(len(batch.sources)):
+        long = batch.boundaries[document + 1] - batch.boundaries[cuts[-1]] > limit_tokens
+        if long and document > cuts[-1]:
+            cuts.append(document)
+    cuts.append(len(batch.sources))
+    return [_documents(batch, a, b) for a, b in pairwise(cuts)]
+
+
+def _documents(batch: Batch, first: int, last: int) -> Batch:
+    """Documents first..last-1 as a batch of their own."""
+    start, stop = batch.boundaries[first], batch.boundaries[last]
+    return Batch(
+        ids=batch.ids[start:stop],
+        trained=batch.trained[start:stop],
+        positions=batch.positions[start:stop],
+        boundaries=tuple(offset - start for offset in batch.boundaries[first : last + 1]),
+        adapters=batch.adapters[first:last],
+        sources=batch.sources[first:last],
     )
 
 

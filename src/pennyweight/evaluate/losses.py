@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from pennyweight.data.batch import Batch, collate
+from pennyweight.data.batch import Batch, collate, parts
 from pennyweight.data.conversation import Example
-from pennyweight.errors import AdapterError, DataError, DivergedError
+from pennyweight.errors import AdapterError, DataError, DivergedError, MemoryExhausted
 from pennyweight.evaluate.intervals import Difference, Interval, bootstrap
 from pennyweight.lora import attached
 from pennyweight.loss import places, predictions
-from pennyweight.model import BaseModel
+from pennyweight.model import BaseModel, is_out_of_memory, release_cached
 
 __all__ = ["LossReport", "evaluate_loss", "in_batches", "loss_by_batch", "paired", "read_by"]
 
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """Summed loss in nats over `count` trained tokens, document by document too."""
+    """Summed loss in nats over `count` trained tokens, document by document too.
+
+    `limit_tokens`: where memory did not do for a batch, the most tokens that then went at once.
+    """
 
     loss_sum: float
     count: int
@@ -31,6 +35,7 @@ class LossReport:
     sources: tuple[str, ...]
     document_losses: tuple[float, ...]
     document_counts: tuple[int, ...]
+    limit_tokens: int | None = None
 
     @property
     def loss(self) -> float:
@@ -96,22 +101,23 @@ def evaluate_loss(base: BaseModel, batches: Iterable[Batch]) -> LossReport:
 def loss_by_batch(base: BaseModel, batches: Iterable[Batch]) -> Generator[Batch, None, LossReport]:
     """`evaluate_loss` in pieces: yields each batch once it is measured.
 
+    Where memory runs out the batch goes in parts of half its tokens, and so do those after it.
     DataError where nothing is trained; AdapterError for an adapter that is not attached, which
     would be the bare base under a wrong name; DivergedError names the first row whose loss is not
-    finite.
+    finite, MemoryExhausted one that does not fit alone.
     """
     names = attached(base)
     sources: list[str] = []
     losses: list[float] = []
     counts: list[int] = []
-    correct = 0
+    correct, limit = 0, None
     for batch in batches:
         for adapter in set(batch.adapters) - {None, *names}:
             raise AdapterError(
                 f"{batch.sources[0]}: to be read by adapter {adapter!r}, which is not attached; attached: "
                 f"{', '.join(names) or 'none'}; `read_by(batches, None)` reads by the bare base"
             )
-        right, sums, numbers = _document_losses(base, batch)
+        (right, sums, numbers), limit = _within_memory(base, batch, limit)
         correct += right
         losses += sums
         counts += numbers
@@ -126,8 +132,32 @@ def loss_by_batch(base: BaseModel, batches: Iterable[Batch]) -> Generator[Batch,
         if not math.isfinite(loss):
             raise DivergedError(f"{source}: the loss of this held-out row is {loss}")
     return LossReport(
-        math.fsum(losses), sum(counts), correct, tuple(sources), tuple(losses), tuple(counts)
+        math.fsum(losses), sum(counts), correct, tuple(sources), tuple(losses), tuple(counts), limit
     )
+
+
+def _within_memory(
+    base: BaseModel, batch: Batch, limit_tokens: int | None
+) -> tuple[tuple[int, list[float], list[int]], int | None]:
+    """`_document_losses` in parts of at most so many tokens, and the limit that did."""
+    while True:
+        smaller = parts(batch, limit_tokens)
+        try:
+            found = [_document_losses(base, part) for part in smaller]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            right, losses, counts = zip(*found, strict=True)
+            return (sum(right), [*chain(*losses)], [*chain(*counts)]), limit_tokens
+        release_cached(base.device)
+        largest = max(smaller, key=lambda part: part.tokens)
+        if all(len(part.sources) == 1 for part in smaller):
+            raise MemoryExhausted(
+                f"{largest.sources[0]}: one held-out row of {largest.tokens:,} tokens does not fit "
+                "in memory; lower data.max_length, or take a smaller base or quantization"
+            )
+        limit_tokens = largest.tokens // 2
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """A resident base model and its tokenizer: the only room that knows transformers' model classes."""
 
+from pennyweight.model.exhausted import is_out_of_memory, release_cached
 from pennyweight.model.folder import (
     find_folder,
     fingerprint,
@@ -17,10 +18,12 @@ __all__ = [
     "Head",
     "find_folder",
     "fingerprint",
+    "is_out_of_memory",
     "license_of",
     "load_base",
     "load_tokenizer",
     "read_config",
+    "release_cached",
     "resolve_device",
     "resolve_dtype",
     "shapes",

@@ -1,4 +1,4 @@
-"""What training keeps in memory: recomputed layers, micro-batches in parts, and what was measured.
+"""What training keeps in memory: recomputed layers, and what was measured.
 
 Recomputation is Chen et al. 2016, one checkpoint a decoder layer: layer inputs are kept, all
 else inside a layer is computed again in backward.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pennyweight.data.batch import Batch
-from pennyweight.model import BaseModel
+from pennyweight.data.batch import parts
+from pennyweight.model import BaseModel, is_out_of_memory, release_cached
 
 __all__ = [
     "disable_checkpointing",
@@ -70,53 +69,6 @@ def recomputing(base: BaseModel) -> Iterator[None]:
         yield
     finally:
         disable_checkpointing(base)
-
-
-def parts(batch: Batch, limit_tokens: int | None) -> list[Batch]:
-    """The batch as runs of whole documents of at most `limit_tokens`; a longer document stands alone.
-
-    Documents of 3, 3, 5 tokens under a limit of 6 give two parts: 3 + 3, and 5.
-    """
-    if limit_tokens is None or batch.tokens <= limit_tokens:
-        return [batch]
-    cuts = [0]
-    for document in range(len(batch.sources)):
-        long = batch.boundaries[document + 1] - batch.boundaries[cuts[-1]] > limit_tokens
-        if long and document > cuts[-1]:
-            cuts.append(document)
-    cuts.append(len(batch.sources))
-    return [_documents(batch, a, b) for a, b in pairwise(cuts)]
-
-
-def _documents(batch: Batch, first: int, last: int) -> Batch:
-    """Documents first..last-1 as a batch of their own."""
-    start, stop = batch.boundaries[first], batch.boundaries[last]
-    return Batch(
-        ids=batch.ids[start:stop],
-        trained=batch.trained[start:stop],
-        positions=batch.positions[start:stop],
-        boundaries=tuple(offset - start for offset in batch.boundaries[first : last + 1]),
-        adapters=batch.adapters[first:last],
-        sources=batch.sources[first:last],
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on any device: torch has no single type for it on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text
-    )
-
-
-def release_cached(device: torch.device) -> None:
-    """Give back what the device's allocator holds but nobody uses."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
 
 
 def restart_peak(device: torch.device) -> None:
