@@ -326,7 +326,7 @@ def test_figures_are_said_with_their_units() -> None:
 
 
 def test_chat_says_one_thing_or_many(run: Any, room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_chat(folder: Path, adapter: str | None, *, temperature: float) -> Any:
+    def open_chat(folder: Path, adapter: str | None, **_: Any) -> Any:
         return SimpleNamespace(send=lambda text: iter([str(adapter), ": ", text]))
 
     room("runs", open_chat=open_chat)
@@ -356,7 +356,7 @@ def test_what_a_row_or_an_answer_holds_never_commands_the_terminal(
     shown = told + r"\x1b]0;title\x07\x1b[2J\x9b1m\r\x08\u202egpj"
     assert show.visible(hostile) == shown
 
-    def open_chat(folder: Path, adapter: str | None, *, temperature: float) -> Any:
+    def open_chat(folder: Path, adapter: str | None, **_: Any) -> Any:
         return SimpleNamespace(send=lambda text: iter([hostile]))
 
     room("runs", open_chat=open_chat)

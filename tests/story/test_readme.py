@@ -79,7 +79,7 @@ def test_the_six_commands(in_an_empty_folder, capsys):
     command("evaluate", "runs/my", "--json")
     measured = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert measured["tuned"]["documents"] > 0
-    command("chat", "runs/my", "-m", "red")
-    command("chat", "runs/my", "--adapter", "none", "-m", "red")
+    command("chat", "runs/my", "-m", "red", "--max-new-tokens", "9")
+    command("chat", "runs/my", "--adapter", "none", "-m", "red", "--max-new-tokens", "9")
     command("merge", "runs/my", "--out", "merged")
     assert (Path("merged") / "model.safetensors").is_file()

@@ -334,13 +334,19 @@ def chat(
         str | None, typer.Option("--message", "-m", help="Say this and end.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
     as_json: Json = False,
 ) -> None:
     """Talk to a tuned model, or to its base."""
     from pennyweight.runs import open_chat
 
     with show.Printer(as_json) as printer:
-        session = open_chat(run, None if adapter == "none" else adapter, temperature=temperature)
+        session = open_chat(
+            run,
+            None if adapter == "none" else adapter,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+        )
         if as_json and message is None:
             message = sys.stdin.read()
         if message is not None:
