@@ -78,7 +78,7 @@ def test_a_process_of_its_own_measures(
     found = calibrate.measure("qlora")
     assert found.flops > 1e8
     assert found.dequantized > 1e5
-    assert 0 < found.short_s
+    assert found.short_s > 0
     assert found.process_bytes is None or found.process_bytes > 50e6
 
     def run(command: list[str], **_: Any) -> Any:

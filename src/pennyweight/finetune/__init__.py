@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pennyweight.config import RunConfig, origins, resolve
@@ -22,7 +23,7 @@ from pennyweight.finetune.rehearsal import corrected, rehearse
 from pennyweight.finetune.run import Run, RunResult, data_size, day_of, stop_id
 from pennyweight.finetune.seen import Seen, look
 from pennyweight.model import BaseModel, load_base, load_tokenizer, stop_ids
-from pennyweight.plan import plan
+from pennyweight.plan import FIRST_USE_BYTES, named_device, plan, resident_bytes
 from pennyweight.runs import RunFolder
 from pennyweight.train import RunLock, Step, StopRequest, pieces, restart_peak, tidy
 
@@ -111,6 +112,7 @@ def _way(
     with disk_faults(folder.path, AGAIN), RunLock(folder.path):
         tidy(folder.checkpoints)
         with stop.at_once("nothing was begun, so nothing is lost"):
+            held = resident_bytes()
             if base is None:
                 base = load_base(config.base, trainable=config.train.method == "full")
             else:
@@ -129,7 +131,10 @@ def _way(
             agreed.refuse()
             if alone:
                 restart_peak(base.device)
-            predicted = plan(config, rows=data_size(data))
+            device = named_device(config.base.device)
+            if alone and device.kind == "cpu" and held is not None:
+                device = replace(device, process_bytes=held + FIRST_USE_BYTES)
+            predicted = plan(config, device=device, rows=data_size(data))
         yield Beat("prepared")
         recompute = predicted.recompute != "none" or config.train.gradient_checkpointing is True
         with Run(

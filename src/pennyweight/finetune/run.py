@@ -391,6 +391,12 @@ class Run:
                 report: LossReport = done.value
                 break
             yield Beat("evaluated", batch.tokens)
+        if report.limit_tokens is not None and report.limit_tokens < self.evaluation_tokens:
+            self.evaluation_tokens = report.limit_tokens
+            self.notice(
+                f"out of memory in an evaluation; held-out rows go in batches of at most "
+                f"{self.evaluation_tokens:,} tokens from here on"
+            )
         yield Beat("evaluated", loss=report.loss)
         return report
 

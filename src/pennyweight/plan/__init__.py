@@ -21,7 +21,7 @@ from pennyweight.plan.devices import (
     resident_bytes,
 )
 from pennyweight.plan.guess import guess_rows
-from pennyweight.plan.memory import Moment, Part, parts, peak
+from pennyweight.plan.memory import FIRST_USE_BYTES, Moment, Part, parts, peak
 from pennyweight.plan.outline import shapes_of
 from pennyweight.plan.search import Fit, chosen_policy, largest_fit, mends, sized
 from pennyweight.plan.setting import POLICIES, DataSize, Recompute, Setting
@@ -29,6 +29,7 @@ from pennyweight.shapes import Shapes
 
 __all__ = [
     "DEVICES",
+    "FIRST_USE_BYTES",
     "DataSize",
     "Device",
     "Fit",

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from pennyweight.plan.activations import kept_bytes, largest_linear, transient_bytes
 from pennyweight.plan.setting import Recompute, Setting
 
-__all__ = ["Moment", "Part", "parts", "peak", "peak_bytes"]
+__all__ = ["FIRST_USE_BYTES", "Moment", "Part", "parts", "peak", "peak_bytes"]
 
 Moment = Literal["load", "loss", "backward", "step"]
 ALWAYS: tuple[Moment, ...] = get_args(Moment)
@@ -30,6 +30,9 @@ _KEPT_BY_GLIBC_RECOMPUTING = 0.75
 _KEPT_BY_GLIBC_IN_FULL = 0.3
 # Resident beside all tensors: interpreter, torch, transformers, threads (440 to 520 MiB on Linux,
 # by how much of the libraries the kernel has mapped); context and cuBLAS workspaces on a card.
+# What libraries take of a process once a run uses them, beside what they took when imported:
+# kernels, threads, model classes, tokenizer, the index of rows.
+FIRST_USE_BYTES = 40 * MIB
 PROCESS_BYTES = {"cpu": 500 * MIB, "cuda": 600 * MIB, "mps": 500 * MIB}
 
 
