@@ -34,7 +34,10 @@ from jaxtyping import install_import_hook
 
 # The rooms whose functions say shapes; what stands elsewhere mypy checks. An int is welcome where a
 # float is asked for, as everywhere in Python (PEP 484).
-SHAPED = ("attention", "compare.spectrum", "generate", "lora", "loss", "model", "optim", "quant")
+SHAPED = (
+    *("attention", "compare.spectrum", "generate", "lora", "loss", "model", "optim", "quant"),
+    "route",
+)
 install_import_hook(
     [f"pennyweight.{room}" for room in SHAPED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",

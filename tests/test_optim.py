@@ -25,6 +25,15 @@ def step(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], seed:
     optimizer.step()
 
 
+def test_a_step_counts_as_a_change_of_each_parameter() -> None:
+    """What is kept of a parameter, as by generation, is made anew by that count."""
+    named = parameters()
+    optimizer = adamw(named)
+    before = {name: parameter._version for name, parameter in named.items()}
+    step(optimizer, named, 1)
+    assert all(parameter._version > before[name] for name, parameter in named.items())
+
+
 def test_warm_up_meets_the_peak_and_the_schedule_falls() -> None:
     rates = [
         lr_at(s, peak=1.0, total_steps=4, warmup_steps=2, kind="linear", min_ratio=0.0)

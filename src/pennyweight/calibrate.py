@@ -68,6 +68,7 @@ def calibrated(device: Device, config: RunConfig, *, cache: Path | None = None) 
         fp32=measured.flops,
         dequantized=measured.dequantized,
         process_bytes=measured.process_bytes,
+        launch_s=0.0,  # until the steps tell
     )
     shapes, builtin = shapes_of("builtin"), _described(method)
     return paced(

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pennyweight.errors import DiskError, MemoryExhausted
+from pennyweight.errors import DiskError
 from pennyweight.evaluate import evaluate_loss, in_batches, read_by
 from pennyweight.finetune.beat import Beat, Beats
 from pennyweight.finetune.learner import budget_tokens
 from pennyweight.finetune.run import Run, data_size
 from pennyweight.plan import DataSize, Plan, batch_peaks, plan
-from pennyweight.train import is_out_of_memory, peak_memory_bytes, release_cached
+from pennyweight.train import peak_memory_bytes
 
 __all__ = ["corrected", "heaviest", "rehearse", "undominated"]
 
@@ -182,23 +182,10 @@ def _evaluation(run: Run) -> int:
     while len(rows):
         batches = in_batches(rows, budget_tokens=run.evaluation_tokens)
         batch = max(batches, key=lambda it: (it.tokens, int(np.diff(it.boundaries).max())))
-        try:
-            evaluate_loss(run.base, read_by([batch], run.slot))
+        report = evaluate_loss(run.base, read_by([batch], run.slot))
+        if report.limit_tokens is None:
             return batch.tokens
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        release_cached(run.base.device)
-        if len(batch.sources) == 1:
-            raise MemoryExhausted(
-                f"{batch.sources[0]}: one held-out row of {batch.tokens:,} tokens does not fit in "
-                "memory; lower data.max_length, or take a smaller base or quantization"
-            )
-        run.evaluation_tokens = batch.tokens // 2
-        run.notice(
-            f"out of memory evaluating {batch.tokens:,} tokens at once; held-out rows go in "
-            f"batches of at most {run.evaluation_tokens:,} tokens from here on"
-        )
+        run.evaluate_within(report.limit_tokens)
     return 0
 
 

@@ -216,6 +216,14 @@ class Run:
         if self.tally.before is not None:
             self.report.evaluation(0, self.tally.before.loss)
 
+    def evaluate_within(self, limit_tokens: int) -> None:
+        """Memory did not do for an evaluation batch, but for so many tokens."""
+        self.evaluation_tokens = limit_tokens
+        self.notice(
+            "out of memory evaluating; held-out rows go in batches of at most "
+            f"{limit_tokens:,} tokens from here on"
+        )
+
     def begin(self, seconds: float) -> None:
         """Say how long it took to get here; the first step comes next."""
         self.seconds_to_first_step = seconds
@@ -391,12 +399,8 @@ class Run:
                 report: LossReport = done.value
                 break
             yield Beat("evaluated", batch.tokens)
-        if report.limit_tokens is not None and report.limit_tokens < self.evaluation_tokens:
-            self.evaluation_tokens = report.limit_tokens
-            self.notice(
-                f"out of memory in an evaluation; held-out rows go in batches of at most "
-                f"{self.evaluation_tokens:,} tokens from here on"
-            )
+        if report.limit_tokens is not None:
+            self.evaluate_within(report.limit_tokens)
         yield Beat("evaluated", loss=report.loss)
         return report
 
