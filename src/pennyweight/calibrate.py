@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pennyweight.config import BaseConfig, DataConfig, RunConfig, TrainConfig, resolve
+from pennyweight.config import BaseConfig, DataConfig, Method, RunConfig, TrainConfig, resolve
 from pennyweight.files import whole
 from pennyweight.plan import Device, Setting, paced, resident_bytes, shapes_of
 
@@ -112,7 +112,7 @@ def _keep(file: Path, known: dict[str, Any]) -> None:
         return  # it is measured again next time
 
 
-def _in_a_process(method: str) -> Measured | None:
+def _in_a_process(method: Method) -> Measured | None:
     command = [sys.executable, "-m", "pennyweight.calibrate", method]
     try:
         done = subprocess.run(
@@ -123,7 +123,7 @@ def _in_a_process(method: str) -> Measured | None:
         return None
 
 
-def _described(method: str) -> RunConfig:
+def _described(method: Method) -> RunConfig:
     """The built-in model trained by this method."""
     return resolve(
         RunConfig(
@@ -131,7 +131,7 @@ def _described(method: str) -> RunConfig:
             data=DataConfig(train="builtin", packing=False),
             train=TrainConfig(
                 method=method, batch_size=1, max_steps=8, gradient_checkpointing=False
-            ),  # type: ignore[arg-type]
+            ),
         )
     )
 
@@ -140,7 +140,7 @@ def _of_tokens(config: RunConfig, tokens: int) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"max_length": tokens})})
 
 
-def measure(method: str) -> Measured:
+def measure(method: Method) -> Measured:
     """Measure it in this process, which should have done nothing else yet."""
     import torch
 
@@ -200,4 +200,4 @@ def _fastest(act: Callable[[], object], times: int) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure(sys.argv[1]))))
+    print(json.dumps(asdict(measure(sys.argv[1]))))  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ def adamw(
     return optimizer
 
 
-def _counted(optimizer: torch.optim.Optimizer, *_: object) -> None:
+def _counted(optimizer: torch.optim.Optimizer, *_how: object) -> None:
     """Fused steps do not count as changes of a tensor (torch 2.13), and whoever keeps what was made
     of a parameter goes by that count."""
     for _, parameter, _ in _named(optimizer):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
