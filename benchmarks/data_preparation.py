@@ -2,8 +2,7 @@
 
     python -m benchmarks.data_preparation [--rows 50000] [--rounds 3] [--tokenizer FOLDER]
 
-Rows are sentences of Python's own manual, drawn by a seed (with `--data FOLDER`, the rows of its
-`sft/medquad` besides). TRL gets them already as conversational prompt and completion, for two
+Rows are sentences of Python's own manual, drawn by a seed. TRL gets them already as conversational prompt and completion, for two
 processes (its best here) and as it does by default; here they are read as Alpaca rows, hashed,
 rendered, checked row by row and stored as well. Both begin with an empty cache. The gate: of 300
 rows, the ids here are TRL's without what its template prints after the stop token, and the same of
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shut = gate(folder, asked.tokenizer)
         print(f"gate: {shut or 'open'}", flush=True)
         found = {} if shut else _in_turn(asked, folder)
-        few = None if shut else _ask(asked, "ours", folder, rows=asked.rows // 10)
+        few = None if shut else _ask(asked, "ours", folder=folder, rows=asked.rows // 10)
     asked.results.mkdir(parents=True, exist_ok=True)
     facts = {"rows": asked.rows, "length": LENGTH, "tokenizer": asked.tokenizer or "builtin"}
     facts |= {"gate": shut, "circumstances": circumstances(PACKAGES)}

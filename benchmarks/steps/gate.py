@@ -171,7 +171,9 @@ def _their_gradient(model: nn.Module, rows: Sequence[Example]) -> Tensor:
     return torch.cat([named[name].flatten() for name in sorted(named)])
 
 
-def _curve(base: BaseModel, model: nn.Module, work: Path, seed: int, steps: int) -> dict[str, Any]:
+def _curve(
+    base: BaseModel, model: nn.Module, work: Path, seed: int, steps: int, *, dense: bool
+) -> dict[str, Any]:
     config = RunConfig(adapter=LoraConfig(r=16), seed=seed)
     settings: dict[str, Any] = {"learning_rate_at": _rate, "max_grad_norm": 1.0}
     folder = save_fresh_adapter(base, config, work / f"fresh-{seed}")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pennyweight.quant import BLOCK_SIZES, FourBit, NestedScales, Quantized4Bit, quantize_4bit
 from pennyweight.quant.blockwise import fill_in_torch
-from pennyweight.quant.kernels.dequantize_4bit import agrees_with_torch, fill
+from pennyweight.quant.kernels.dequantize_4bit import agrees_with_torch, fill, fill_part
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNTOUCHED = 7.0
@@ -86,3 +86,29 @@ def test_a_scale_takes_its_own_group_whatever_the_size_of_groups() -> None:
 def test_the_first_trial_on_a_device_passes() -> None:
     assert agrees_with_torch(torch.device("cpu"), torch.float32)
     assert agrees_with_torch(torch.device("cpu"), torch.float16)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    blocks=st.tuples(st.integers(1, 9), st.integers(1, 5)),
+    part=st.tuples(st.integers(0, 8), st.integers(0, 4), st.integers(1, 9), st.integers(1, 5)),
+    block_size=st.sampled_from([32, 64, 128]),
+    nested=st.booleans(),
+)
+def test_any_part_of_a_weight_equals_the_whole(
+    blocks: tuple[int, int], part: tuple[int, int, int, int], block_size: int, nested: bool
+) -> None:
+    d_out, across = blocks
+    weight = torch.randn(d_out, across * block_size, generator=torch.Generator().manual_seed(d_out))
+    q = quantize_4bit(weight, block_size=block_size, double_quantization=nested)
+    whole = torch.empty(weight.shape)
+    fill_in_torch(q, whole)
+    row, column = part[0] % d_out, part[1] % across * block_size
+    rows = min(part[2], d_out - row)
+    columns = min(part[3] * block_size, weight.shape[1] - column)
+    # In a wider buffer, as the one where an adapter's factors stand beside the weight.
+    buffer = torch.full((rows + 1, columns + 16), UNTOUCHED)
+    fill_part(q, buffer[:rows, :columns], row=row, column=column)
+    assert torch.equal(buffer[:rows, :columns], whole[row : row + rows, column : column + columns])
+    assert (buffer[rows:] == UNTOUCHED).all()
+    assert (buffer[:, columns:] == UNTOUCHED).all()
