@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Literal
 
 from pennyweight.errors import ConfigError, DiskError
 from pennyweight.files import lock, make_folder, mend
@@ -17,12 +18,13 @@ __all__ = ["RunLock"]
 class RunLock:
     """`with RunLock(output_dir):` owns the folder. ConfigError names a living owner.
 
-    The file `run.lock` stays behind; who holds it is the system's business, so a killed run's does
-    not stand in the way.
+    `who` writes there: a run, or a server. Its file stays behind; who holds it is the system's
+    business, so a killed owner's does not stand in the way.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "run.lock"
+    def __init__(self, folder: Path, who: Literal["run", "server"] = "run") -> None:
+        self._who, self._setting = who, {"run": "output_dir", "server": "data_dir"}[who]
+        self.path = folder / f"{who}.lock"
         self._number: int | None = None
 
     def __enter__(self) -> RunLock:
@@ -32,13 +34,13 @@ class RunLock:
         except OSError as fault:
             raise DiskError(
                 f"{self.path.parent}: cannot be written to ({fault.strerror}); {mend(fault)}, or "
-                "name another output_dir"
+                f"name another {self._setting}"
             ) from fault
         try:
             if not lock(number):
                 raise ConfigError(
-                    f"{self.path.parent}: another run is writing here ({_owner(number)}); wait "
-                    "for it, stop it, or name another output_dir"
+                    f"{self.path.parent}: another {self._who} is writing here ({_owner(number)}); wait "
+                    f"for it, stop it, or name another {self._setting}"
                 )
             _sign(number)
         except OSError as fault:

@@ -1,0 +1,6 @@
+"""Fine-tuning jobs: asked for, settled, trained in turns, told and billed."""
+
+from pennyweight.serve.jobs.asked import CreateJob
+from pennyweight.serve.jobs.foreman import Foreman
+
+__all__ = ["CreateJob", "Foreman"]

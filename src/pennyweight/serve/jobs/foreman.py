@@ -1,0 +1,491 @@
+"""The foreman: which job is looked over, which trains, and what becomes of it.
+
+The store is the truth and holds what was asked; the foreman brings about what stands there. He may
+be killed at any instant: at the next start every job that has not ended is taken up again, from its
+run's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pennyweight.config import RunConfig, public
+from pennyweight.errors import (
+    ConfigError,
+    DataError,
+    DiskError,
+    DivergedError,
+    Interrupted,
+    MemoryExhausted,
+    PennyweightError,
+)
+from pennyweight.finetune import RunResult, prepared, underway
+from pennyweight.lora import Adapter
+from pennyweight.model import BaseModel
+from pennyweight.runs import RunFolder
+from pennyweight.serve.engine import Engine
+from pennyweight.serve.jobs.asked import PRIORITIES, CreateJob, settings_of
+from pennyweight.serve.jobs.settle import count_rows, described, keep, kept
+from pennyweight.serve.jobs.telling import Log, event, last_step, usage_of
+from pennyweight.serve.jobs.training import Ending, JobLane
+from pennyweight.serve.records import CheckpointRecord, JobRecord, ModelRecord
+from pennyweight.serve.refusals import absent, busy, invalid, one_line
+from pennyweight.serve.settings import ServeSettings
+from pennyweight.serve.store import Store
+from pennyweight.serve.uploads import Uploads
+from pennyweight.serve.versions import Rendering, Versions, rendering_of
+
+__all__ = ["Foreman"]
+
+log = logging.getLogger("pennyweight.serve")
+UNENDED = ("validating_files", "queued", "running", "paused")
+LOOK_AGAIN_S = 5.0
+_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (DataError, "invalid_training_file"),
+    (MemoryExhausted, "out_of_memory"),
+    (DivergedError, "diverged"),
+    (ConfigError, "invalid_hyperparameters"),
+)
+
+
+class Foreman:
+    """Jobs of all keys. Anybody's thread may ask; the work is the engine's and the clerk's."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        store: Store,
+        uploads: Uploads,
+        versions: Versions,
+        engine: Engine,
+        base: BaseModel,
+        clerk: Executor,
+    ) -> None:
+        self._settings, self._store, self._uploads = settings, store, uploads
+        self._versions, self._engine, self._base = versions, engine, base
+        self._clerk = clerk
+        self._folder = settings.data_path / "jobs"
+        self._lanes: dict[str, JobLane] = {}
+        self._looked_over: set[str] = set()
+        self._lock = threading.RLock()
+        self._wake = threading.Event()
+        self._draining = False
+        self._readers = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._thread = threading.Thread(target=self._run, name="foreman", daemon=True)
+
+    # What a client asks ---------------------------------------------------------------------
+
+    def create(self, owner: str, asked: CreateJob, idempotency_key: str | None = None) -> JobRecord:
+        """A new job, durable before it is acknowledged; or the one that this key made before."""
+        asked.settled()
+        settings_of(asked, max_rank=self._settings.jobs.max_rank)
+        if asked.model != self._settings.base_id:
+            raise invalid(
+                f"model {asked.model[:100]!r}: only {self._settings.base_id!r} can be tuned here",
+                param="model",
+                code="model_not_found",
+            )
+        self._uploads.get(owner, asked.training_file, param="training_file")
+        if asked.validation_file is not None:
+            self._uploads.get(owner, asked.validation_file, param="validation_file")
+        plain = asked.model_dump(mode="json", exclude_none=True)
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        named = f"ftjob-{secrets.token_hex(12)}"
+        job = JobRecord(
+            id=named,
+            owner=owner,
+            created_at=int(time.time()),
+            status="validating_files",
+            model=asked.model,
+            training_file=asked.training_file,
+            validation_file=asked.validation_file,
+            seed=secrets.randbelow(2**31) if asked.seed is None else asked.seed,
+            suffix=asked.suffix,
+            priority=asked.priority,
+            asked=plain,
+            hyperparameters=asked.settled().model_dump(),
+            metadata=asked.metadata or {},
+        )
+        first = event(named, "created", f"Created fine-tuning job: {named}")
+        key = None if idempotency_key is None else (idempotency_key, digest)
+        most = self._settings.jobs.live_per_key
+        try:
+            kept_job, _ = self._store.create_job(job, first, idempotency=key, most_live=most)
+        except ValueError:
+            raise invalid(
+                "Idempotency-Key: it was used for another request; use a new one",
+                param="Idempotency-Key",
+                code="idempotency_key_reused",
+            ) from None
+        except OverflowError:
+            raise busy(
+                f"{most} jobs of this key have not ended: wait for one, or cancel one",
+                retry_after_s=30,
+            ) from None
+        self.nudge()
+        return kept_job
+
+    def get(self, owner: str, job_id: str) -> JobRecord:
+        found = self._store.get(JobRecord, job_id, owner)
+        if found is None:
+            raise absent("fine-tuning job", job_id)
+        return found
+
+    def cancel(self, owner: str, job_id: str) -> JobRecord:
+        """End it now; the steps it made are paid, its checkpoints stay."""
+        return self._turn(
+            owner,
+            job_id,
+            when=UNENDED,
+            status="cancelled",
+            said="The job was cancelled",
+            finished_at=int(time.time()),
+        )
+
+    def pause(self, owner: str, job_id: str) -> JobRecord:
+        """Save it as it stands, and let it wait."""
+        when = ("validating_files", "queued", "running", "paused")
+        return self._turn(owner, job_id, when=when, status="paused", said="The job was paused")
+
+    def resume(self, owner: str, job_id: str) -> JobRecord:
+        """Go on where it was paused."""
+        return self._turn(
+            owner, job_id, when=("paused",), status="validating_files", said="The job was resumed"
+        )
+
+    def _turn(
+        self, owner: str, job_id: str, *, when: tuple[str, ...], status: str, said: str, **more: Any
+    ) -> JobRecord:
+        before = self.get(owner, job_id)
+        mark = f"{status} {secrets.token_hex(4)}"
+        changed = self._store.change_job(
+            job_id, when=when, event=event(job_id, mark, said), status=status, **more
+        )
+        if changed is None:
+            now = self.get(owner, job_id)
+            if now.status == status:
+                return now
+            raise invalid(
+                f"{job_id}: the job is {now.status or before.status}, and cannot be {status} now",
+                code="job_not_in_a_fitting_state",
+            )
+        self.nudge()
+        return changed
+
+    # Working --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Take up every job that has not ended."""
+        for job in self._store.all(JobRecord, {"status": ("queued", "running")}):
+            # Looked over again, for what was prepared may be gone from the cache.
+            self._store.change_job(job.id, when=("queued", "running"), status="validating_files")
+        self._thread.start()
+
+    def nudge(self) -> None:
+        self._wake.set()
+
+    def drain(self) -> None:
+        """Begin no more, and let what trains save itself. May be called by a signal."""
+        if self._draining:
+            return
+        self._draining = True
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.stop.ask("the server is ending")
+        self.nudge()
+
+    def end(self) -> None:
+        """After the engine has ended."""
+        self.drain()
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._draining:
+            self._wake.wait(LOOK_AGAIN_S)
+            self._wake.clear()
+            try:
+                self._look_around()
+            except Exception:
+                # The store may be full or gone for a while; jobs wait there meanwhile.
+                log.exception("the foreman could not look after the jobs")
+                time.sleep(1)
+
+    def _look_around(self) -> None:
+        """Bring about what the store holds."""
+        with self._lock:
+            lanes = dict(self._lanes)
+        for job_id, lane in lanes.items():
+            job = self._store.get(JobRecord, job_id)
+            assert job is not None, "jobs are never deleted"
+            if job.status == "cancelled":
+                lane.cancelled = True
+                self._engine.nudge()
+            elif job.status == "paused":
+                lane.stop.ask("paused")
+        mine = {"model": self._settings.base_id}
+        for job in self._store.all(JobRecord, {"status": "validating_files", **mine}):
+            if job.id not in self._looked_over and job.id not in lanes:
+                self._looked_over.add(job.id)
+                self._readers.submit(self._look_over, job)
+        waiting = self._store.all(JobRecord, {"status": "queued", **mine})
+        while waiting and len(self._lanes) < self._settings.jobs.running and not self._draining:
+            job = self._next(waiting)
+            waiting.remove(job)
+            if job.id not in self._lanes:
+                self._begin(job)
+
+    def _next(self, waiting: list[JobRecord]) -> JobRecord:
+        """The highest priority first, then the owner with the fewest in training, then the oldest."""
+        with self._lock:
+            training = [self._store.get(JobRecord, job_id) for job_id in self._lanes]
+        owners = Counter(job.owner for job in training if job is not None)
+        return min(waiting, key=lambda job: (-PRIORITIES[job.priority], owners[job.owner], job.seq))
+
+    def _look_over(self, job: JobRecord) -> None:
+        """Settle a job and prepare its rows, away from the model; then it waits for its turn."""
+        try:
+            if (now := self._store.get(JobRecord, job.id)) is None or self._draining:
+                return
+            if now.status != "validating_files":
+                return
+            run, hyper = self._settled(job)
+            data = prepared(run)
+            rows = data.ledger.summary()
+            said = f"Files validated: {len(data.train):,} rows to train on, {len(data.eval):,} held out"
+            self._store.change_job(
+                job.id,
+                when=("validating_files",),
+                event=event(job.id, "validated", said, data={"rows": public(rows)}),
+                status="queued",
+                hyperparameters=hyper,
+            )
+        except Exception as fault:
+            self._fail(job, fault)
+        finally:
+            self._looked_over.discard(job.id)
+            self.nudge()
+
+    def _settled(self, job: JobRecord) -> tuple[RunConfig, dict[str, Any]]:
+        folder = self._folder / job.id
+        if (folder / "job.json").is_file():
+            return kept(folder), dict(job.hyperparameters)
+        train = self._uploads.get(job.owner, job.training_file, param="training_file")
+        held = None
+        if job.validation_file is not None:
+            held = self._uploads.get(job.owner, job.validation_file, param="validation_file")
+        path = self._uploads.path(train)
+        run, hyper = described(
+            CreateJob.model_validate(job.asked),
+            rows=count_rows(path),
+            train=path,
+            held_out=None if held is None else self._uploads.path(held),
+            seed=job.seed,
+            output_dir=folder,
+            settings=self._settings,
+            max_positions=self._base.max_positions,
+        )
+        keep(run)
+        return run, hyper
+
+    def _begin(self, job: JobRecord) -> None:
+        try:
+            run = kept(self._folder / job.id)
+        except PennyweightError as fault:
+            self._fail(job, fault)
+            return
+        changed = self._store.change_job(
+            job.id,
+            when=("queued",),
+            event=event(job.id, "started", "Fine-tuning job started"),
+            status="running",
+        )
+        if changed is None:  # cancelled or paused in between
+            return
+        work = _Work(self, changed, run)
+        lane = JobLane(
+            lambda base, name, stop: underway(run, base=base, name=name, stop=stop),
+            self._base,
+            run.adapter,
+            name=job.id,
+            weight=PRIORITIES[job.priority],
+            told=lambda mark, seconds: self._clerk.submit(work.tell, mark, seconds),
+            saved=lambda step, adapter: self._clerk.submit(work.keep_checkpoint, step, adapter),
+            step_now=lambda: last_step(Path(run.output_dir) / "events.jsonl"),
+            ended=lambda how: self._clerk.submit(work.end, how),
+        )
+        with self._lock:
+            self._lanes[job.id] = lane
+            if self._draining:
+                lane.stop.ask("the server is ending")
+        self._engine.train(lane)
+
+    def _let_go(self, job_id: str) -> None:
+        with self._lock:
+            self._lanes.pop(job_id, None)
+        self._uploads.sweep()
+        self.nudge()
+
+    def _fail(self, job: JobRecord, fault: Exception) -> None:
+        """A job that cannot be done says so, and why."""
+        if isinstance(fault, DiskError):
+            log.error("%s: %s", job.id, one_line(str(fault)))
+            said = "The server's disk refused; the job waits, resume it once there is room"
+            mark = f"disk {secrets.token_hex(4)}"
+            self._store.change_job(
+                job.id, when=UNENDED, event=event(job.id, mark, said, level="warn"), status="paused"
+            )
+            return
+        code = next((code for kind, code in _CODES if isinstance(fault, kind)), "internal_error")
+        if code == "internal_error":
+            log.error("%s failed inside", job.id, exc_info=fault)
+            said = "something went wrong inside"
+        else:
+            said = str(public(str(fault)))[:4000]
+        param = "training_file" if code == "invalid_training_file" else None
+        self._store.finish_job(
+            job.id,
+            event(job.id, "failed", f"The job failed: {one_line(said)}", level="error"),
+            [],
+            status="failed",
+            finished_at=int(time.time()),
+            error={"code": code, "message": said, "param": param},
+        )
+        self._let_go(job.id)
+
+
+class _Work:
+    """What the clerk does for one job in training, in the order in which it happened."""
+
+    def __init__(self, foreman: Foreman, job: JobRecord, run: RunConfig) -> None:
+        self._foreman, self._job = foreman, job
+        self._store, self._versions = foreman._store, foreman._versions
+        self._run = RunFolder(Path(run.output_dir))
+        hyper = job.hyperparameters
+        steps = run.train.max_steps
+        self._log = Log(
+            job.id, self._run.events, None if steps else float(hyper["n_epochs"]), steps
+        )
+        self._rendering: Rendering | None = None
+        self._began = time.monotonic()
+        self._began_at: int | None = None
+
+    def tell(self, mark: str, seconds: float) -> None:
+        """Bring the job's events and bill up to what its run has logged; `mark` took so long."""
+        self._log.measured_s[mark] = seconds
+        self._safely(self._tell)
+
+    def keep_checkpoint(self, step: int, adapter: Adapter) -> None:
+        """Let the adapter of a step that was saved be served."""
+        self._safely(lambda: self._keep_checkpoint(step, adapter))
+
+    def end(self, how: Ending) -> None:
+        """Write down what the run came to."""
+        try:
+            self._tell()
+            if isinstance(how, RunResult):
+                self._succeed(how)
+            elif isinstance(how, Interrupted):
+                self._wait()
+            elif how is not None:
+                self._foreman._fail(self._job, how)
+        except Exception as fault:
+            self._foreman._fail(self._job, fault)
+        finally:
+            self._foreman._let_go(self._job.id)
+
+    def _safely(self, act: Callable[[], object]) -> None:
+        """What is not told now is told with the next: the run's log has it."""
+        try:
+            act()
+        except Exception:
+            log.exception("%s: its progress was not written down yet", self._job.id)
+
+    def _tell(self) -> None:
+        if self._log.held_out_tokens == 0 and self._run.held_out.is_dir():
+            self._log.held_out_tokens = int(sum(self._run.read_held_out().rows.lengths))
+        told = self._log.read()
+        self._store.record_progress(self._job.id, told, lambda each: usage_of(self._job, each))
+        self._estimate()
+
+    def _estimate(self) -> None:
+        """When it may be done, by the pace so far."""
+        step, total = self._log.step, self._log.total_steps
+        if self._began_at is None:
+            self._began_at, self._began = step, time.monotonic()
+        elif step > self._began_at and total:
+            pace = (time.monotonic() - self._began) / (step - self._began_at)
+            finish = int(time.time() + pace * (total - step))
+            self._store.change_job(self._job.id, when=("running",), estimated_finish=finish)
+
+    def _keep_checkpoint(self, step: int, adapter: Adapter) -> None:
+        self._tell()
+        if step == 0 or self._is_kept(step):
+            return
+        version = self._versions.keep(adapter, self._how_it_reads())
+        name = f"{_model_name(self._job)}:ckpt-step-{step}"
+        now = int(time.time())
+        self._store.add_checkpoint(
+            CheckpointRecord(
+                id=f"ftckpt-{self._job.id.removeprefix('ftjob-')}-{step}",
+                job_id=self._job.id,
+                step=step,
+                created_at=now,
+                model=name,
+                metrics=self._log.metrics(step),
+            ),
+            ModelRecord(name, self._job.owner, now, version, self._job.model, self._job.id),
+        )
+        said = f"Checkpoint created at step {step}"
+        self._store.record_progress(
+            self._job.id, [event(self._job.id, f"checkpoint {step}", said)], lambda _: None
+        )
+
+    def _is_kept(self, step: int) -> bool:
+        where = {"job_id": self._job.id, "step": step}
+        return self._store.count(CheckpointRecord, where) > 0
+
+    def _how_it_reads(self) -> Rendering:
+        if self._rendering is None:
+            self._rendering = rendering_of(self._run)
+        return self._rendering
+
+    def _succeed(self, result: RunResult) -> None:
+        version = self._versions.keep_folder(self._run.adapter, self._how_it_reads())
+        name, now = _model_name(self._job), int(time.time())
+        table = io.BytesIO(self._log.table().encode())
+        results = self._foreman._uploads.keep_results(
+            self._job.owner, f"{self._job.id}-metrics.csv", table
+        )
+        best = f", the best step is {result.best_step}" if result.best_step else ""
+        self._store.finish_job(
+            self._job.id,
+            event(self._job.id, "succeeded", f"New fine-tuned model created: {name}{best}"),
+            [ModelRecord(name, self._job.owner, now, version, self._job.model, self._job.id)],
+            status="succeeded",
+            finished_at=now,
+            estimated_finish=None,
+            fine_tuned_model=name,
+            result_files={"ids": [results.id]},
+        )
+
+    def _wait(self) -> None:
+        """It was paused, and stands so in the store; or the server ends, and the next one goes on."""
+        self._store.change_job(self._job.id, when=("running",), status="validating_files")
+
+
+def _model_name(job: JobRecord) -> str:
+    """`ft:base:key:suffix:id`, as OpenAI names them."""
+    return f"ft:{job.model}:{job.owner}:{job.suffix or ''}:{job.id.removeprefix('ftjob-')[:8]}"

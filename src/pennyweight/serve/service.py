@@ -1,0 +1,81 @@
+"""All parts of a server, put together; the API asks nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pennyweight.files import make_folder
+from pennyweight.model import BaseModel
+from pennyweight.serve.catalogue import Catalogue
+from pennyweight.serve.engine import Engine
+from pennyweight.serve.jobs import Foreman
+from pennyweight.serve.keys import Keys
+from pennyweight.serve.questions import Questions
+from pennyweight.serve.settings import ServeSettings
+from pennyweight.serve.store import Store
+from pennyweight.serve.uploads import Uploads
+from pennyweight.serve.versions import Versions
+
+__all__ = ["Service"]
+
+
+class Service:
+    """A server's parts over one resident base. `notes`: what was passed over at the start.
+
+    `pages`: further routers, `open_paths` of theirs that need no key, and `page_refusal`, what a
+    browser without a key is shown.
+    """
+
+    def __init__(self, settings: ServeSettings, keys: Keys, store: Store, base: BaseModel) -> None:
+        self.settings, self.keys, self.store = settings, keys, store
+        data = settings.data_path
+        make_folder(data)
+        self.clerk = ThreadPoolExecutor(1, thread_name_prefix="clerk")
+        self.uploads = Uploads(store, data / "files")
+        self.versions = Versions(data / "versions")
+        self.engine = Engine(base, self.versions, settings)
+        folders = [*([settings.adapters] if settings.adapters else []), *settings.load_from]
+        self.catalogue = Catalogue(
+            store,
+            self.versions,
+            base_id=settings.base_id,
+            allowed=tuple(Path(folder).expanduser() for folder in folders),
+            fits=self.engine.require_fit,
+        )
+        self.questions = Questions(
+            base, self.versions, self.engine, store, settings.chat, self.clerk
+        )
+        self.jobs = Foreman(
+            settings, store, self.uploads, self.versions, self.engine, base, self.clerk
+        )
+        self.draining = False
+        self.pages: list[Any] = []
+        self.open_paths: set[str] = {"/healthz"}
+        self.page_refusal: Callable[[], bytes] | None = None
+        self.notes: list[str] = []
+
+    def start(self) -> None:
+        """Take up where the last server of this data folder ended."""
+        self.uploads.tidy()
+        if self.settings.adapters:
+            self.notes += self.catalogue.read_folder(Path(self.settings.adapters).expanduser())
+        self.versions.sweep(self.store.versions_in_use())
+        self.engine.start()
+        self.jobs.start()
+
+    def drain(self) -> None:
+        """Begin to end: jobs save themselves, and nothing new is taken up."""
+        self.draining = True
+        self.jobs.drain()
+
+    def end(self, timeout_s: float) -> bool:
+        """Stop for good; whether everything came to its end in time."""
+        self.drain()
+        ended = self.engine.end(timeout_s)
+        self.jobs.end()
+        self.clerk.shutdown(wait=True)
+        self.store.close()
+        return ended
