@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from pennyweight.config import BaseConfig
 from pennyweight.model import BaseModel, load_base
 from pennyweight.serve.keys import Keys
 from pennyweight.serve.settings import ServeSettings
-from pennyweight.serve.store import SqliteDatabase, Store
+from pennyweight.serve.store import Database, SqliteDatabase, Store
+from pennyweight.serve.store.schema import TABLES
 
 KEYS = {"alice": "alice-key-0123456789", "bob": "bob-key-0123456789ab"}
 
@@ -27,9 +29,25 @@ def keys() -> Keys:
     return Keys(KEYS, admins=("alice",))
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    made = Store(SqliteDatabase(tmp_path / "server.sqlite"))
+def postgres() -> Database:
+    """The database of $PENNYWEIGHT_TEST_POSTGRES, emptied."""
+    address = os.environ.get("PENNYWEIGHT_TEST_POSTGRES")
+    if address is None:
+        pytest.skip("no Postgres to try: name a database in PENNYWEIGHT_TEST_POSTGRES")
+    pytest.importorskip("psycopg", reason="the extra postgres is not installed")
+    from pennyweight.serve.store.postgres import PostgresDatabase
+
+    database = PostgresDatabase(address)
+    with database.transaction() as tx:
+        for table in ("facts", "idempotency", *TABLES.values()):
+            tx.run(f"DROP TABLE IF EXISTS {table}")
+    return database
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    sqlite = request.param == "sqlite"
+    made = Store(SqliteDatabase(tmp_path / "server.sqlite") if sqlite else postgres())
     yield made
     made.close()
 

@@ -53,7 +53,7 @@ class PostgresDatabase:
             raise ConfigError(f"store: the database cannot be reached: {_said(fault)}") from None
 
     def _connect(self) -> None:
-        connection = self._psycopg.connect(self._address, autocommit=True)
+        connection: Any = self._psycopg.connect(self._address, autocommit=True)
         with connection.cursor() as cursor:
             cursor.execute("SET synchronous_commit = on")
             cursor.execute("SELECT pg_try_advisory_lock(%s)", (LOCK,))
