@@ -291,6 +291,39 @@ def agreement(found: dict[Case, list[Measured]]) -> str:
     return f"Of {total:,} greedy tokens, {alike / total:.1%} come before any difference from the peer's." if total else ""  # fmt: skip
 
 
+def draw(numbers: Path, picture: Path) -> bool:
+    """Tokens a second over requests at once, a panel for each model; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    lines = numbers.read_text(encoding="utf-8").splitlines()
+    facts = {
+        tuple(fact[key] for key in ("model", "weights", "who", "adapters", "requests")): fact
+        for fact in map(json.loads, lines)
+    }
+    panels = sorted({key[:2] for key in facts})
+    figure = Figure(figsize=(4.2 * len(panels), 4.0), dpi=100, layout="constrained")
+    grid: Any = figure.subplots(1, len(panels), squeeze=False)
+    colours = {0: "#1f2933", 1: "#2b6cb0", 4: "#d1495b", 16: "#e8a33d"}
+    for axes, (model, weights) in zip(grid[0], panels, strict=True):
+        for who, line in ((OURS, "-"), (PEER, ":")):
+            for adapters, colour in colours.items():
+                keys = sorted(k for k in facts if k[:4] == (model, weights, who, adapters))
+                speeds = [statistics.median(facts[key]["tokens_per_s"]) for key in keys]
+                if keys:
+                    label = f"{adapters} adapters, {who}"
+                    axes.plot([k[4] for k in keys], speeds, line, color=colour, label=label)
+        axes.set_title(f"{model}, weights {weights}", loc="left", fontsize=11)
+        axes.set_xlabel("requests at once")
+        axes.set_ylim(bottom=0)
+        axes.grid(color="#e4e7eb")
+    grid[0][0].set_ylabel("new tokens a second")
+    grid[0][-1].legend(frameon=False, fontsize=7)
+    figure.savefig(picture)
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what was asked for, model by model, and append it to the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
@@ -331,6 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 page.say(said)
             del base, runners
             gc.collect()
+    draw(page.numbers, asked.results / "serving.png")
     return 0
 
 

@@ -171,11 +171,12 @@ class LoraLinear(AdaptedModule):
         What is stacked stays until another set of adapters is read or a factor changes: the one
         thing that `forward` keeps, and it changes no number.
         """
-        mixture = self.route.mixture(x.device)
-        plain = x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type)
-        if mixture is None or not plain or self.route.dropout_seed is not None:
+        route = self.route
+        mixture = route.mixture(x.device)
+        if mixture is None or x.dtype != y.dtype or route.dropout_seed is not None:
             return False
-        if x.numel() != self.route.boundaries[-1] * x.shape[-1]:
+        whole = x.numel() == route.boundaries[-1] * x.shape[-1]
+        if not whole or torch.is_autocast_enabled(x.device.type):
             return False
         stack = self._stack
         if stack is None or not stack.serves(mixture.names, x):
@@ -183,7 +184,7 @@ class LoraLinear(AdaptedModule):
                 cast(LoraFactors, self.of(name)) if name in self else None for name in mixture.names
             ]
             stack = self._stack = FactorStack.of(mixture.names, factors, x)
-        stack.add_to(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), mixture)
+        stack.add_to(y, x, mixture)
         return True
 
     def _delta(self, x: Tensor, name: str) -> Tensor:

@@ -45,7 +45,8 @@ class FactorStack:
     a: Float[Tensor, "groups d_in r"]
     b: Float[Tensor, "groups r d_out"]
     read: tuple[dict[str, Any], ...]
-    stamps: list[object]
+    stamps: list[tuple[int, int]] | None
+    """What `_stamps` said of the factors; None where it cannot tell, and nothing is kept."""
 
     @classmethod
     def of(
@@ -63,42 +64,41 @@ class FactorStack:
                 a[group, :, :r] = each.lora_A.to(x.dtype).T
                 b[group, :r] = each.lora_B.to(x.dtype).T * each.scaling
         read = tuple(each._parameters for each in present)
-        return cls(names, a, b, read, _stamps(read))
+        told = not any(t.is_inference() for parameters in read for t in parameters.values())
+        return cls(names, a, b, read, _stamps(read) if told else None)
 
     def serves(self, names: tuple[str, ...], x: Tensor) -> bool:
         """Whether these are the adapters asked for, and their factors as they were."""
+        a = self.a
         return (
             names == self.names
-            and self.a.dtype == x.dtype
-            and self.a.device == x.device
+            and a.dtype == x.dtype
+            and a.device == x.device
+            and self.stamps is not None
             and self.stamps == _stamps(self.read)
         )
 
     def add_to(
-        self,
-        y: Float[Tensor, "tokens d_out"],
-        x: Float[Tensor, "tokens d_in"],
-        mixture: Mixture,
+        self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"], mixture: Mixture
     ) -> None:
-        """Add to each token of y its adapter's update."""
-        groups, d_in, _ = self.a.shape
+        """Add to each token of y its adapter's update; x and y are one flat row of tokens."""
         if not self.read:
             return
+        groups, d_in, _ = self.a.shape
+        if mixture.bare or mixture.back is not None:
+            x, y = x.reshape(-1, d_in), y.view(-1, y.shape[-1])
         if mixture.gather is None or mixture.back is None:
-            low = torch.bmm(x[mixture.bare :].view(groups, mixture.most, d_in), self.a)
-            y[mixture.bare :].view(groups, mixture.most, -1).baddbmm_(low, self.b)
+            if mixture.bare:
+                x, y = x[mixture.bare :], y[mixture.bare :]
+            low = torch.bmm(x.reshape(groups, mixture.most, d_in), self.a)
+            y.view(groups, mixture.most, -1).baddbmm_(low, self.b)
             return
         gathered = x.index_select(0, mixture.gather).view(groups, mixture.most, d_in)
         places = torch.bmm(torch.bmm(gathered, self.a), self.b).view(-1, y.shape[1])
         y[mixture.bare :].add_(places.index_select(0, mixture.back))
 
 
-def _stamps(read: Sequence[dict[str, Any]]) -> list[object]:
-    """What differs after a step, a load or a move of any of these factors; where torch counts no
-    changes, it always differs."""
-    stamps: list[object] = []
-    for parameters in read:
-        for leaf in ("lora_A", "lora_B"):
-            tensor = parameters[leaf]
-            stamps += [tensor.data_ptr(), object() if tensor.is_inference() else tensor._version]
-    return stamps
+def _stamps(read: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    """What differs after a step, a load or a move of any of these factors: where it stands and
+    how often it was written."""
+    return [(t.data_ptr(), t._version) for parameters in read for t in parameters.values()]

@@ -73,7 +73,12 @@ class QuantizedLinear(nn.Module):
         autocast = torch.is_autocast_enabled(device)
         dtype = self.compute_dtype or (torch.get_autocast_dtype(device) if autocast else x.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        y: Tensor = _FrozenProduct.apply(x.to(dtype), self.value, bias, False)
+        y: Tensor
+        if torch.is_inference_mode_enabled():
+            # A decoded token is little work: a function of autograd's would cost more than some products.
+            y = _product(x.to(dtype), self.value, bias, transposed=False)
+        else:
+            y = _FrozenProduct.apply(x.to(dtype), self.value, bias, False)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
