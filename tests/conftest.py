@@ -35,8 +35,8 @@ from jaxtyping import install_import_hook
 # The rooms whose functions say shapes; what stands elsewhere mypy checks. An int is welcome where a
 # float is asked for, as everywhere in Python (PEP 484).
 SHAPED = (
-    *("attention", "compare.spectrum", "generate", "lora", "loss", "model", "optim", "quant"),
-    "route",
+    *("attention", "blocks", "compare.spectrum", "generate", "lora", "loss", "model", "optim"),
+    *("quant", "route"),
 )
 install_import_hook(
     [f"pennyweight.{room}" for room in SHAPED],

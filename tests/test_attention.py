@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pennyweight.attention import KVCache, attend
 from pennyweight.errors import ModelError
 from pennyweight.route import Route
+from pennyweight.train import saved_bytes
 
 HEADS, HEAD_DIM = 4, 8
 
@@ -266,3 +267,22 @@ def test_remembered_is_read_at_once(
     rows, read["d"] = ["c", "b", "d"], 3
     go_on(d=5, c=1)
     go_on(c=1, b=1, d=1)
+
+
+def test_documents_outputs_are_kept_once() -> None:
+    """q, k, v, one output for all documents, and a log-sum-exp a head and token."""
+    tokens = 40
+    layer = Layer()
+    query, key, value = (
+        torch.randn(1, tokens, heads, HEAD_DIM).transpose(1, 2).requires_grad_(True)
+        for heads in (HEADS, 2, 2)
+    )
+    weight = torch.randn(HEADS * HEAD_DIM, 8, requires_grad=True)
+
+    def read() -> Tensor:
+        mixed, _ = attend(layer, query, key, value, None)
+        return mixed.reshape(1, tokens, -1) @ weight
+
+    with layer.pennyweight_route.over((0, 13, 14, tokens), (None,) * 3):
+        kept = saved_bytes(read, besides=[weight])
+    assert kept == 4 * tokens * (HEAD_DIM * (2 * HEADS + 2 * 2) + HEADS)

@@ -36,6 +36,7 @@ __all__ = [
 # to fill a GPU (1,024 rows of a 128k vocabulary).
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_DEVICE = 512 << 20
+_CHUNK_BYTES_SPARING = 128 << 20
 # Logits that measuring holds at once: 64 MiB of float32.
 MOST_LOGITS = 2**24
 
@@ -131,9 +132,10 @@ def summed_cross_entropy(
     return total, len(rows)
 
 
-def chunk_rows(vocab: int, device: torch.device) -> int:
-    """Rows whose float32 logits fit the device's chunk, at least 16."""
-    return max(16, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_DEVICE) // (4 * vocab))
+def chunk_rows(vocab: int, device: torch.device, *, sparing: bool = False) -> int:
+    """Rows whose float32 logits fit the device's chunk, at least 16; `sparing`: a smaller one."""
+    limit = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_DEVICE)
+    return max(16, (min(limit, _CHUNK_BYTES_SPARING) if sparing else limit) // (4 * vocab))
 
 
 class _PlainHead(torch.autograd.Function):
@@ -186,6 +188,7 @@ class _PlainHead(torch.autograd.Function):
                 torch.mm(error, W, out=grad_rows[part])
             if grad_weight is not None:
                 _add_product(grad_weight, error.T, h)
+            del logits, powers, error, h  # before the next chunk's, not after
         ctx.tokens = hidden.shape[0]
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(rows, grad_rows, grad_weight, grad_bias)

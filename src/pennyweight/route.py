@@ -55,6 +55,7 @@ class Route:
     `cache`: keys and values of earlier tokens while generating, else None.
     `backend`: how attention keeps documents apart (`BaseConfig.attention`); set once at load.
     `dropout_seed`: what adapter dropout is drawn from, or None for no dropout.
+    `recomputing`: a layer is computed again for backward alone, and its output has no reader.
     """
 
     def __init__(self) -> None:
@@ -66,6 +67,7 @@ class Route:
         self._names: tuple[str, ...] = ()
         # What `mixture` found for the pass under way, in a list so that None is an answer too.
         self._mixture: list[Mixture | None] = []
+        self.recomputing = False
 
     @contextmanager
     def over(

@@ -43,7 +43,10 @@ def test_a_mistyped_key_is_answered_with_the_nearest(key: str, meant: str) -> No
 def test_the_words_for_what_is_accepted() -> None:
     assert accepts(KEYS["adapter.r"]) == "a whole number of 1 or more and at most 4096"
     assert accepts(KEYS["data.packing"]) == "true or false"
-    assert accepts(KEYS["train.gradient_checkpointing"]) == "true or false, or auto"
+    assert (
+        accepts(KEYS["train.gradient_checkpointing"])
+        == "true or false, or one of auto, none, minimal, full, offloaded"
+    )
     assert accepts(KEYS["data.columns"]) == "a table of names, each with text"
 
 
@@ -71,7 +74,8 @@ def test_a_source_of_rows_explains_its_settings_too() -> None:
 
 # Settings that are this project's own arrangement, or name places, counts and services.
 OWN = """
-base.model base.device data.train data.eval data.eval_fraction data.split_seed data.format
+base.model base.device base.embedding_device data.train data.eval data.eval_fraction
+data.split_seed data.format
 data.columns data.template data.prompt_suffix data.system data.max_length data.overlong
 data.max_dropped_share data.max_unknown_share data.min_trained_share train.epochs train.max_steps
 train.batch_size train.gradient_accumulation_steps train.logging_steps train.eval_steps

@@ -214,6 +214,7 @@ def test_axolotl(tmp_path: Path) -> None:
             "train.weight_decay": 0.01,
             "train.max_grad_norm": 0.5,
             "train.gradient_checkpointing": True,
+            "train.optim": "paged_adamw_8bit",
             "train.eval_steps": 50,
             "train.save_steps": 100,
             "train.save_total_limit": 3,
@@ -231,7 +232,7 @@ def test_axolotl(tmp_path: Path) -> None:
         ("data/notes.jsonl", "text", {"text": "body"}),
     ]
     lost = {e.key: e.said for e in found.entries if e.fate == Fate.LOST}
-    assert set(lost) == {"datasets[1].type", "optimizer", "neftune_noise_alpha"}
+    assert set(lost) == {"datasets[1].type", "neftune_noise_alpha"}
     assert "preamble" in lost["datasets[1].type"]
     (unknown,) = (e for e in found.entries if e.fate == Fate.UNKNOWN)
     assert unknown.key == "sample_pakcing_bin_size"
@@ -472,7 +473,7 @@ def test_a_template_written_in_the_file_is_written_beside_the_run(tmp_path: Path
             "adapter: lora\nlora_target_modules: '.*(q|v)_proj'",
             {"adapter.target_modules": ".*(q|v)_proj"},
         ),
-        ("gradient_checkpointing: offload", {"train.gradient_checkpointing": True}),
+        ("gradient_checkpointing: offload", {"train.gradient_checkpointing": "offloaded"}),
     ],
 )
 def test_single_settings_of_axolotl(line: str, expected: dict[str, Any], tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ BROKEN = {
     "double quantization": "base: {quantization: int8, double_quantization: true}",
     "no adapter": "train: {method: full}\nadapter: {r: 8}",
     "regular expression": "adapter: {target_modules: '(q_proj'}",
+    "looked up, not trained": "base: {embedding_device: host}\ntrain: {method: full}",
     "not be trained on": "data: {train: [a.jsonl, b.jsonl], eval: b.jsonl}",
     "set apart only": "data: {eval: b.jsonl, eval_fraction: 0.1}",
     "no turns": "data: {format: text, train_on: last}",

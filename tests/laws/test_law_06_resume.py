@@ -53,14 +53,14 @@ def rows() -> list[Example]:
     return made
 
 
-def trainee(base: BaseModel) -> Trainee:
+def trainee(base: BaseModel, **kind: Any) -> Trainee:
     """A fresh adapter, as a new process would make it."""
     for name in attached(base):
         detach(base, name)
     attach(base, LoraConfig(r=4, lora_dropout=0.2, loraplus_lr_ratio=4), seed=3)
     parameters = trained_parameters(base, "default")
     schedule = partial(lr_at, peak=1e-2, total_steps=2 * HALF, warmup_steps=3, kind="cosine")
-    optimizer = adamw(parameters, weight_decay=0.01, loraplus_lr_ratio=4.0)
+    optimizer = adamw(parameters, weight_decay=0.01, loraplus_lr_ratio=4.0, **kind)
     return Trainee(base, parameters, optimizer, learning_rate_at=schedule, seed=11)
 
 
@@ -141,13 +141,12 @@ def test_resumed_in_a_new_process_is_uninterrupted(tiny_llama_folder: Path, tmp_
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "minimal", "offloaded"])
 def test_a_cut_after_every_step_changes_nothing(
-    tiny_llama_folder: Path, tmp_path: Path, recompute: bool
+    tiny_llama_folder: Path, tmp_path: Path, recompute: Any
 ) -> None:
     base = loaded_base(tiny_llama_folder)
-    if recompute:
-        enable_checkpointing(base)
+    enable_checkpointing(base, recompute)
     learner = trainee(base)
     expected = go_on(learner, True, 2, 2 * HALF)
     whole = digest(learner)
@@ -160,6 +159,28 @@ def test_a_cut_after_every_step_changes_nothing(
         found += go_on(learner, True, 2, 1)
         put(tmp_path, learner)
     disable_checkpointing(base)
+    assert found == expected
+    assert digest(learner) == whole
+
+
+@pytest.mark.parametrize("kind", ["paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"])
+def test_moments_in_pages_and_in_8_bits_go_over_too(
+    tiny_llama_folder: Path, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut in the middle, and taken up by an optimizer whose pages lie elsewhere."""
+    monkeypatch.setattr(
+        "pennyweight.optim.paged.SMALLEST", 64
+    )  # so that the tiny factors are 8-bit
+    base = loaded_base(tiny_llama_folder)
+    learner = trainee(base, kind=kind)
+    expected = go_on(learner, True, 2, 2 * HALF)
+    whole = digest(learner)
+    learner = trainee(base, kind=kind)
+    found = go_on(learner, True, 2, HALF)
+    put(tmp_path, learner)
+    learner = trainee(base, kind=kind, resident_bytes=0)
+    take(tmp_path, learner)
+    found += go_on(learner, True, 2, HALF)
     assert found == expected
     assert digest(learner) == whole
 

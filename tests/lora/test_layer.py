@@ -10,6 +10,7 @@ from torch import nn
 
 from pennyweight.lora.layer import LoraFactors, LoraLinear, lora_delta, stable_seed
 from pennyweight.route import Route
+from pennyweight.train import saved_bytes
 
 
 def test_delta_is_the_formula_in_float64():
@@ -50,6 +51,67 @@ def test_documents_read_their_own_adapters():
     for start, stop, name in ((0, 2, "x"), (2, 5, "y.2"), (5, 7, None), (7, 9, "x")):
         with route.over((0, stop - start), (name,)):
             torch.testing.assert_close(mixed[:, start:stop], layer(row[:, start:stop]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_are_autograds_of_the_formula(dropout: float) -> None:
+    route = Route()
+    layer = LoraLinear(nn.Linear(6, 5).requires_grad_(False), route, "some.layer").double()
+    for name in ("x", "y"):
+        factors = torch.randn(2, 6).double(), torch.randn(5, 2).double()
+        layer.put(name, LoraFactors(*factors, scaling=1.5, dropout=dropout))
+    row = torch.randn(1, 9, 6).double().requires_grad_(True)
+    readout = torch.randn(1, 9, 5).double()
+    trained = [row, *(p for p in layer.parameters() if p.requires_grad)]
+    seed = stable_seed(4, "some.layer")
+
+    def formula() -> torch.Tensor:
+        parts = [layer.base_layer(row)]
+        for name, rows in (("x", slice(0, 4)), ("y", slice(5, 9))):
+            own = layer.of(name)
+            part = torch.zeros(1, 9, 5).double()
+            part[:, rows] = lora_delta(
+                row[:, rows], own.lora_A, own.lora_B, scaling=1.5, dropout=dropout, seed=seed
+            )
+            parts.append(part)
+        return sum(parts)
+
+    with route.over((0, 4, 5, 9), ("x", None, "y"), dropout_seed=4):
+        ours = torch.autograd.grad((layer(row) * readout).sum(), trained)
+        torch.testing.assert_close(layer(row), formula())
+    for one, two in zip(
+        ours, torch.autograd.grad((formula() * readout).sum(), trained), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_that_read_one_tensor_keep_it_once(dropout: float) -> None:
+    route = Route()
+    layers = [LoraLinear(nn.Linear(64, 32).requires_grad_(False), route, n) for n in "qkv"]
+    for layer in layers:
+        layer.put(
+            "a", LoraFactors(torch.randn(2, 64), torch.randn(32, 2), scaling=1, dropout=dropout)
+        )
+    held = [p for layer in layers for p in layer.parameters()]
+    x = torch.randn(1, 50, 64)
+    with route.over((0, 50), ("a",), dropout_seed=1):
+        kept = saved_bytes(lambda: [layer(x) for layer in layers], besides=held)
+    assert kept == 4 * 50 * (64 + 3 * 2)
+
+
+def test_a_frozen_adapter_lets_the_gradient_through() -> None:
+    route = Route()
+    layer = LoraLinear(nn.Linear(6, 5), route, "some.layer").requires_grad_(False)
+    layer.put("a", LoraFactors(torch.randn(2, 6), torch.randn(5, 2), scaling=1.0, dropout=0.0))
+    layer.requires_grad_(False)
+    x = torch.randn(1, 4, 6, requires_grad=True)
+    with route.over((0, 4), ("a",)):
+        layer(x).sum().backward()
+    own = layer.of("a")
+    whole = layer.weight + own.lora_B @ own.lora_A
+    torch.testing.assert_close(x.grad, whole.sum(0).expand(1, 4, 6))
+    assert own.lora_A.grad is None
 
 
 def test_seeds_are_stable_across_processes_and_machines():

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from pennyweight.lora import attach
 from pennyweight.model import load_base, shapes
-from pennyweight.plan.activations import kept_bytes, layer_bytes, rebuilt_bytes
+from pennyweight.plan.activations import host_bytes, kept_bytes, layer_bytes, rebuilt_bytes
+from pennyweight.plan.devices import DEVICES
 from pennyweight.plan.setting import Setting
 from pennyweight.shapes import Shapes, dense_shapes
-from pennyweight.train.memory import saved_bytes
+from pennyweight.train import enable_checkpointing, saved_bytes
 from tests.plan.conftest import CPU, run_config
 
 SMALL = {"layers": 4, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 320}
@@ -39,6 +41,20 @@ def kept(config: Any, documents: int = 1) -> int:
 def counted(config: Any, model: Shapes) -> float:
     setting = Setting(config, model, CPU)
     return kept_bytes(setting, "none") * setting.micro_tokens
+
+
+def alive_after(work: Any) -> int:
+    """Bytes of tensors that `work` allocated and that live on beside its result.
+
+    What a checkpoint or its context holds goes by no hook of autograd, so it is counted here.
+    """
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
+        result = work()
+    events = profiled.profiler.kineto_results.events()
+    assert result is not None
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 @pytest.mark.parametrize(
@@ -97,16 +113,42 @@ def test_sixteen_bit_full_fine_tuning_keeps_casts(sized_model: Any) -> None:
 def test_one_layer_of_llama_by_hand() -> None:
     """hidden 8, feed-forward 16, 2 heads of 4, rank 3, float32, one document:
     norm inputs 2*8 + 2 scales, adapter inputs 8 (q, k, v) + 8 (gate, up), attention 8+8+8+8 + 2,
-    feed-forward 3*16 + 16, A(x) 7*3."""
+    gate and up 2*16, A(x) 7*3."""
     model = dense_shapes("x", layers=1, hidden=8, intermediate=16, heads=2, vocab=10)
     setting = Setting(run_config(tokens=64, r=3), model, CPU)
-    numbers = (2 * 8 + 2) + (8 + 8) + (4 * 8 + 2) + 4 * 16 + 7 * 3
+    numbers = (2 * 8 + 2) + (8 + 8) + (4 * 8 + 2) + 2 * 16 + 7 * 3
     assert layer_bytes(setting) == 4 * numbers
+
+
+@pytest.mark.parametrize("documents", [1, 4])
+@pytest.mark.parametrize(
+    ("policy", "layers"),
+    [("none", None), ("minimal", None), ("full", None), ("offloaded", None), ("minimal", 2)],
+)
+def test_each_policy_keeps_what_is_counted(
+    sized_model: Any, policy: Any, layers: int | None, documents: int
+) -> None:
+    model = sized_model(**SMALL)
+    config = run_config(model.folder, tokens=256, documents=documents)
+    base = load_base(config.base)
+    attach(base, config.adapter, seed=0)
+    enable_checkpointing(base, policy, layers=layers)
+    ids = torch.randint(0, 256, (256,))
+    each = config.data.max_length
+    positions = torch.arange(each).repeat(documents)
+    with base.route.over(range(0, 257, each), ("default",) * documents):
+        base.hidden(ids, positions)
+        enable_checkpointing(base, policy, layers=layers)  # host buffers are made anew
+        measured = alive_after(lambda: base.hidden(ids, positions))
+    setting = Setting(config, model.shapes, CPU, recomputed=layers)
+    assert kept_bytes(setting, policy) * 256 == pytest.approx(measured, rel=0.1)
 
 
 def test_policies_keep_less_in_turn() -> None:
     model = dense_shapes("x", layers=8, hidden=64, intermediate=256, heads=4, vocab=10)
-    setting = Setting(run_config(tokens=64), model, CPU)
+    setting = Setting(run_config(tokens=64, dtype="bfloat16"), model, DEVICES["h200"])
     sizes = [kept_bytes(setting, p) for p in ("none", "minimal", "full", "offloaded")]
     assert sizes == sorted(sizes, reverse=True)
     assert rebuilt_bytes(setting, "none") == 0 < rebuilt_bytes(setting, "full")
+    assert host_bytes(setting, "full") == 0
+    assert host_bytes(setting, "offloaded") == (8 + 1) * 64 * 2

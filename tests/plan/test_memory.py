@@ -116,6 +116,8 @@ def test_the_chunk_of_logits_is_the_losss_own() -> None:
     for kind in ("cpu", "meta"):
         limit = memory.CHUNK_BYTES.get(kind, memory.CHUNK_BYTES_DEVICE)
         assert loss.chunk_rows(1000, torch.device(kind)) == limit // 4000
+        limit = min(limit, memory.CHUNK_BYTES_SPARING)
+        assert loss.chunk_rows(1000, torch.device(kind), sparing=True) == limit // 4000
 
 
 def test_peak_is_the_fullest_moment() -> None:

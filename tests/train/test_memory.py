@@ -13,9 +13,8 @@ from pennyweight.data.batch import Batch
 from pennyweight.lora import attach
 from pennyweight.loss import summed_cross_entropy
 from pennyweight.model import BaseModel, load_base
+from pennyweight.train import disable_checkpointing, enable_checkpointing
 from pennyweight.train.memory import (
-    disable_checkpointing,
-    enable_checkpointing,
     is_out_of_memory,
     parts,
     peak_memory_bytes,

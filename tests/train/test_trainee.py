@@ -273,3 +273,26 @@ def test_a_reader_between_steps_sees_the_weights_of_now(
         trainee.forward_backward(batch_of(0, 1))
         trainee.optim_step()
     assert len(set(losses)) == 3
+
+
+def test_memory_that_does_not_do_moves_moments_first(
+    base: BaseModel, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = trained_parameters(base, "default")
+    optimizer = adamw(named, kind="paged_adamw_32bit")
+    trainee = Trainee(base, named, optimizer, learning_rate_at=lambda step: 1e-2)
+    hidden = base.hidden
+
+    def scarce(ids: Tensor, positions: Tensor) -> Tensor:
+        if optimizer.pager.here_bytes:  # type: ignore[attr-defined]
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return hidden(ids, positions)
+
+    monkeypatch.setattr(base, "hidden", scarce)
+    trainee.forward_backward(batch_of(2, 3))
+    step = trainee.optim_step()
+    assert trainee.limit_tokens is None
+    assert len(step.notices) == 1
+    assert "moved to host memory" in step.notices[0]
+    trainee.forward_backward(batch_of(4))
+    assert trainee.optim_step().notices == ()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pennyweight.attention.cache import Abreast
 from pennyweight.errors import ModelError
@@ -28,6 +29,9 @@ __all__ = ["attend"]
 # Queries taken at once where keys out of sight can be left out: small enough to skip most of
 # what is masked, large enough to keep the products busy.
 BLOCK_QUERIES = 256
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,10 @@ def _attend_documents(
         return _fused(query, key, value, rule.scale, visible)
     if backend == "varlen":
         return _attend_varlen(query, key, value, rule, route.boundaries)
+    longest = max(b - a for a, b in pairwise(route.boundaries))
+    if _by_torchs_cpu_kernel(query, value, rule, longest):
+        joined: Tensor = _Documents.apply(query, key, value, route.boundaries, rule.scale)
+        return joined
     # split, not slices: its backward is one concatenation, where each slice would fill a row.
     counts = [b - a for a, b in pairwise(route.boundaries)]
     parts = zip(*(torch.split(each, counts, 2) for each in (query, key, value)), strict=True)
@@ -135,6 +143,58 @@ def _backend(query: Tensor, rule: _Rule, asked: str) -> str:
     if asked == "auto":
         return "varlen" if fits and query.shape[-1] <= 256 and _varlen() else "documents"
     return asked
+
+
+def _by_torchs_cpu_kernel(query: Tensor, value: Tensor, rule: _Rule, longest: int) -> bool:
+    """Whether the kernel that `scaled_dot_product_attention` takes on a CPU does it all."""
+    seen_whole = rule.window is None or rule.window >= longest
+    alike = query.shape[-1] == value.shape[-1]
+    return query.device.type == "cpu" and not rule.explicit and seen_whole and alike
+
+
+class _Documents(torch.autograd.Function):
+    """Each document over itself by torch's CPU kernel, all of them into one row.
+
+    Through autograd's own operations the outputs would be kept for backward one by one, and their
+    concatenation once more by what reads it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        boundaries: tuple[int, ...],
+        scale: float,
+    ) -> Tensor:
+        counts = [b - a for a, b in pairwise(boundaries)]
+        parts = [
+            _FORWARD(*part, 0.0, True, scale=scale)
+            for part in zip(*(each.split(counts, 2) for each in (query, key, value)), strict=True)
+        ]
+        ctx.counts, ctx.scale = counts, scale
+        mixed = _join_rows([out for out, _ in parts])
+        ctx.save_for_backward(query, key, value, mixed, *(sums for _, sums in parts))
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mixed, *sums = ctx.saved_tensors
+        rows = (grad, query, key, value, mixed)
+        parts = [
+            _BACKWARD(*part, 0.0, True, scale=ctx.scale)
+            for part in zip(*(each.split(ctx.counts, 2) for each in rows), sums, strict=True)
+        ]
+        return (*(_join_rows(list(each)) for each in zip(*parts, strict=True)), None, None)
+
+
+def _join_rows(parts: list[Tensor]) -> Tensor:
+    """Documents `[1, heads, tokens, d]` in one row, which lies in memory token by token."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
 
 def _causal(

@@ -273,9 +273,9 @@ class Experiment:
         folder = str(self.folder.run(arm, seed))
         return run_of(self.config, arm, seed=seed, learning_rate=rate, output_dir=folder)
 
-    def _recompute(self, arm: Arm) -> bool:
-        asked = self.config.train.gradient_checkpointing is True
-        return asked or self.ground["plans"][arm.name]["recompute"] != "none"
+    def _recompute(self, arm: Arm) -> str:
+        policy: str = self.ground["plans"][arm.name]["recompute"]
+        return policy
 
     def _measured_as(self) -> dict[str, Any]:
         return {

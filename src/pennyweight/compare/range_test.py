@@ -23,7 +23,7 @@ from pennyweight.finetune.learner import micro_batches, trainee, what_learns
 from pennyweight.lora import attached, detach
 from pennyweight.model import BaseModel, load_base
 from pennyweight.runs import adapter_slot
-from pennyweight.train import Step, enable_checkpointing, train
+from pennyweight.train import Recompute, Step, enable_checkpointing, train
 
 __all__ = ["RangeTest", "best_rate", "grid", "set_apart", "shortened"]
 
@@ -92,7 +92,9 @@ def best_rate(points: Sequence[Mapping[str, Any]]) -> int | None:
 class RangeTest:
     """One arm's base and rows, resident; `tried(rate)` is a short run from a fresh start."""
 
-    def __init__(self, config: RunConfig, train: Examples, rows: int, *, recompute: bool) -> None:
+    def __init__(
+        self, config: RunConfig, train: Examples, rows: int, *, recompute: Recompute
+    ) -> None:
         self.config, self.recompute = config, recompute
         self.judged, self.rest = set_apart(train, rows)
         self.base = self._fresh_base()
@@ -146,8 +148,7 @@ class RangeTest:
 
     def _fresh_base(self) -> BaseModel:
         base = load_base(self.config.base, trainable=self.config.train.method == "full")
-        if self.recompute:
-            enable_checkpointing(base)
+        enable_checkpointing(base, self.recompute)
         return base
 
     def _report(self, adapter: str | None) -> LossReport:

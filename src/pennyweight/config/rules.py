@@ -109,6 +109,18 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        ("base.embedding_device", "train.method", "adapter.modules_to_save"),
+        "embeddings in host memory are looked up, not trained: remove base.embedding_device, "
+        "or train by qlora or lora without embeddings in adapter.modules_to_save",
+        lambda run, given: (
+            run.base.embedding_device == "host"
+            and (
+                run.train.method == "full"
+                or any("embed" in name or "wte" in name for name in run.adapter.modules_to_save)
+            )
+        ),
+    ),
+    Rule(
         ("adapter.target_modules",),
         "a text is one of all-linear, attention, mlp, or a regular expression that compiles; "
         "write several names as a list",

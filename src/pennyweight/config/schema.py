@@ -85,6 +85,9 @@ class BaseConfig(_Frozen):
     attention: Literal["auto", "documents", "masked", "varlen", "eager"] = "auto"
     """How attention keeps documents apart; all give the same numbers. `auto` picks by device."""
 
+    embedding_device: Literal["auto", "host"] = "auto"
+    """Where the table of token embeddings is held: `host` leaves it in host memory and looks rows up there (1 GB less on a card for Llama-3-8B)."""
+
 
 class LoraConfig(_Frozen):
     """One adapter: h = W0 x + scaling * B(A(dropout(x))) (LoRA, section 4.1)."""
@@ -240,6 +243,11 @@ class TrainConfig(_Frozen):
     tokens_per_step: Annotated[int, Field(ge=16)] | None = None
     """Token budget of an optimizer step with packing, shared by its micro-batches; in place of `batch_size`."""
 
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = (
+        "adamw_torch"
+    )
+    """AdamW's moments: `adamw_torch` (float32), `adamw_8bit` (blocks of 256 in 8 bits), `paged_adamw_32bit`, `paged_adamw_8bit` (the same, moved to host memory where the card's does not do)."""
+
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the schedule after warm-up."""
 
@@ -267,8 +275,8 @@ class TrainConfig(_Frozen):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient of each adapter to this norm; None: no clipping."""
 
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute each layer in backward in place of keeping it; `auto`: when memory would not do otherwise."""
+    gradient_checkpointing: bool | Literal["auto", "none", "minimal", "full", "offloaded"] = "auto"
+    """What of a layer is computed again in backward: `none`; `minimal` (all but attention and `down_proj`); `full` or true (attention too); `offloaded` (`full`, layer inputs in host memory). `auto`: the fastest that memory allows, layer by layer."""
 
     logging_steps: Annotated[int, Field(ge=1)] = 10
     """Steps between progress lines; every step is in events.jsonl."""

@@ -38,6 +38,7 @@ SOURCES: dict[str, str] = {
     "train.method": f"{_LORA}; {_QLORA}",
     "train.learning_rate": f"{_QLORA}, appendix B: 2e-4, and 1e-4 from 33B on",
     "train.tokens_per_step": _PACKING,
+    "train.optim": "Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization",
     "train.lr_scheduler_type": f"cosine: {_SGDR}",
     "train.warmup_steps": _WARM_UP,
     "train.warmup_ratio": _WARM_UP,

@@ -136,10 +136,7 @@ def _way(
                 device = replace(device, process_bytes=held + FIRST_USE_BYTES)
             predicted = plan(config, device=device, rows=data_size(data))
         yield Beat("prepared")
-        recompute = predicted.recompute != "none" or config.train.gradient_checkpointing is True
-        with Run(
-            config, folder, base, data, stop, name=name, recompute=recompute, alone=alone
-        ) as run:
+        with Run(config, folder, base, data, stop, predicted, name=name, alone=alone) as run:
             with stop.at_once("no step was taken, so nothing is lost"):
                 resumed = run.resume()
                 folder.describe(config, origin=origin, text=text)

@@ -13,6 +13,7 @@ from pennyweight.errors import ConfigError
 from pennyweight.lora import attach, trained_parameters
 from pennyweight.model import BaseModel
 from pennyweight.optim import adamw, lr_at
+from pennyweight.plan import Plan
 from pennyweight.train import Trainee
 
 __all__ = [
@@ -94,7 +95,7 @@ def trainee(
     config: RunConfig,
     parameters: Mapping[str, nn.Parameter],
     total_steps: int,
-    recompute: bool = False,
+    predicted: Plan | None = None,
 ) -> Trainee:
     """These parameters with the optimizer, schedule and clip norm that `config`, resolved, describes."""
     train = config.train
@@ -110,6 +111,8 @@ def trainee(
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_epsilon,
             loraplus_lr_ratio=config.adapter.loraplus_lr_ratio,
+            kind=train.optim,
+            resident_bytes=0 if predicted is not None and predicted.optimizer_on_host else None,
         ),
         learning_rate_at=lambda step: lr_at(
             step,
@@ -121,5 +124,6 @@ def trainee(
         ),
         max_grad_norm=train.max_grad_norm,
         seed=config.seed,
-        recompute=recompute,
+        recompute="none" if predicted is None else predicted.recompute,
+        recomputed_layers=None if predicted is None else predicted.recomputed_layers,
     )

@@ -94,9 +94,9 @@ class Run:
         base: BaseModel,
         data: Prepared,
         stop: StopRequest,
+        predicted: Plan,
         *,
         name: str = "default",
-        recompute: bool = False,
         alone: bool = True,
     ) -> None:
         """`name`: the adapter's among those of the base. `alone`: base and process are this run's
@@ -124,7 +124,7 @@ class Run:
         self.report = Report(folder.path, sinks=config.train.report_to)
         try:
             self.parameters = what_learns(base, config, name)
-            self.trainee = trainee(base, config, self.parameters, self.total_steps, recompute)
+            self.trainee = trainee(base, config, self.parameters, self.total_steps, predicted)
         except BaseException:
             self.close()
             raise

@@ -71,7 +71,7 @@ def attach(
         )
     adapter = what if isinstance(what, Adapter) else _fresh(base, what, seed)
     check_fit(base, adapter)
-    device = next(base.module.parameters()).device
+    device = base.device
     for path, (a, b) in adapter.factors.items():
         factors = LoraFactors(
             a.to(device, torch.float32, copy=True),
@@ -151,7 +151,7 @@ def trained_parameters(base: Resident, name: str) -> dict[str, nn.Parameter]:
 
 def _fresh(base: Resident, config: LoraConfig, seed: int) -> Adapter:
     layers = linear_modules(base.module)
-    device = next(base.module.parameters()).device
+    device = base.device
     factors = {}
     for path in targets(layers, config.target_modules, head=head_path(base)):
         d_out, d_in = shape_of(layers[path])
@@ -175,7 +175,7 @@ def _fresh(base: Resident, config: LoraConfig, seed: int) -> Adapter:
 def _attach_copies(base: Resident, saved: Mapping[str, Tensor], name: str, trainable: bool) -> None:
     """Full trained copies; copies of tied weights that are equal are one parameter."""
     shared: list[tuple[int, nn.Parameter]] = []
-    device = next(base.module.parameters()).device
+    device = base.device
     for path, weight in saved.items():
         base_weight = cast(Tensor, plain(base.module.get_submodule(path)).weight)
         value = weight.detach().to(device, torch.float32)

@@ -27,6 +27,10 @@ class Resident(Protocol):
     name: str
     fingerprint: str
 
+    @property
+    def device(self) -> torch.device:
+        """Where its adapters belong."""
+
 
 def check_fit(base: Resident, adapter: Adapter) -> None:
     """Refuse with one AdapterError that names every fault what does not fit this base."""

@@ -1,7 +1,10 @@
 """The low-rank update and the layer that adds it: h = W0 x + scaling * B(A(dropout(x))).
 
 LoRA (Hu et al. 2021), section 4.1; scaling alpha / r, or alpha / sqrt(r) with rsLoRA
-(Kalajdzievski 2023). Factors are float32 masters, cast to the type of the products.
+(Kalajdzievski 2023). Factors are float32 masters, cast to the type of the products. Gradients
+are written out here, since autograd would keep the base's output and a mask beside the input:
+with z = A x and dz = scaling * B' dy they are dA = dz x', dB = scaling * dy z' and
+dx = W' dy + A' dz, and nothing of W.
 """
 
 from __future__ import annotations
@@ -9,14 +12,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pennyweight.lora.stack import FactorStack
+from pennyweight.quant import QuantizedLinear
 from pennyweight.route import Route
 
 __all__ = [
@@ -25,6 +31,8 @@ __all__ = [
     "LoraFactors",
     "LoraLinear",
     "TrainedCopy",
+    "Update",
+    "input_gradient",
     "lora_delta",
 ]
 
@@ -53,6 +61,26 @@ def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
     generator = torch.Generator(x.device).manual_seed(seed)
     keep = torch.rand(x.shape, generator=generator, device=x.device) >= dropout
     return keep.to(x.dtype) / (1.0 - dropout)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """What one adapter adds to the rows `start..stop` of a layer's output; the factors are masters."""
+
+    a: Tensor
+    b: Tensor
+    start: int
+    stop: int
+    scaling: float
+    dropout: float
+    seed: int | None
+
+    def dropped(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The factors' input, and what it was multiplied with, if anything."""
+        if not self.dropout or self.seed is None:
+            return x, None
+        kept = _kept(x, self.dropout, self.seed)
+        return x * kept, kept
 
 
 class LoraFactors(nn.Module):
@@ -141,20 +169,29 @@ class LoraLinear(AdaptedModule):
         return cast(Tensor, self.base_layer.weight)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        if torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            updates = self.updates(x)
+            if not updates:
+                return cast(Tensor, self.base_layer(x))
+            masters = [factor for update in updates for factor in (update.a, update.b)]
+            return cast(Tensor, _Adapted.apply(x, self, updates, *masters))
         y: Tensor = self.base_layer(x)
         if torch.is_inference_mode_enabled() and self._add_mixed(x, y):
             return y
-        runs = self.runs(x.shape[-2])
-        if len(runs) == 1:
-            name = runs[0][0]
-            return y + self._delta(x, name) if name is not None and name in self else y
-        parts = []
-        for name, start, stop in runs:
-            part = y[..., start:stop, :]
-            if name is not None and name in self:
-                part = part + self._delta(x[..., start:stop, :], name)
-            parts.append(part)
-        return torch.cat(parts, dim=-2)
+        updates = self.updates(x)
+        if not updates:
+            return y
+        if len(updates) == 1 and updates[0].stop - updates[0].start == x.shape[-2]:
+            return y + _delta(x, updates[0])
+        parts, done = [], 0
+        for update in updates:
+            part = slice(update.start, update.stop)
+            parts += [
+                y[..., done : update.start, :],
+                y[..., part, :] + _delta(x[..., part, :], update),
+            ]
+            done = update.stop
+        return torch.cat([*parts, y[..., done:, :]], dim=-2)
 
     def put(self, name: str, weights: nn.Module) -> None:
         super().put(name, weights)
@@ -187,20 +224,114 @@ class LoraLinear(AdaptedModule):
         stack.add_to(y, x, mixture)
         return True
 
-    def _delta(self, x: Tensor, name: str) -> Tensor:
-        factors = self.of(name)
-        assert isinstance(factors, LoraFactors)
-        seed = None
-        if factors.dropout and self.route.dropout_seed is not None:
-            seed = stable_seed(self.route.dropout_seed, self.path)
-        return lora_delta(
-            x,
-            factors.lora_A,
-            factors.lora_B,
-            scaling=factors.scaling,
-            dropout=factors.dropout,
-            seed=seed,
+    def updates(self, x: Float[Tensor, "*rows d_in"]) -> tuple[Update, ...]:
+        """What the route's adapters add to these rows, in order; rows of the bare base have none."""
+        found = []
+        for name, start, stop in self.runs(x.shape[-2]):
+            if name is None or name not in self:
+                continue
+            factors = self.of(name)
+            assert isinstance(factors, LoraFactors)
+            seed = None
+            if factors.dropout and self.route.dropout_seed is not None:
+                seed = stable_seed(self.route.dropout_seed, self.path)
+            found.append(
+                Update(
+                    factors.lora_A, factors.lora_B, start, stop,
+                    factors.scaling, factors.dropout, seed,
+                )
+            )  # fmt: skip
+        return tuple(found)
+
+    def product(
+        self, x: Float[Tensor, "*rows d_in"], updates: Sequence[Update]
+    ) -> tuple[Float[Tensor, "*rows d_out"], list[Float[Tensor, "n r"]]]:
+        """W0 x with every update added in place, and A x of each, which backward reads."""
+        y: Tensor = self.base_layer(x)
+        kept = self.narrowed(x, updates)
+        for update, z in zip(updates, kept, strict=True):
+            _rows(y, update, written=True).addmm_(z, update.b.to(x.dtype).T, alpha=update.scaling)
+        return y, kept
+
+    def narrowed(
+        self, x: Float[Tensor, "*rows d_in"], updates: Sequence[Update]
+    ) -> list[Float[Tensor, "n r"]]:
+        """A x of each update, after dropout."""
+        return [u.dropped(_rows(x, u))[0] @ u.a.to(x.dtype).T for u in updates]
+
+    def gradients(
+        self,
+        grad_y: Float[Tensor, "*rows d_out"],
+        x: Float[Tensor, "*rows d_in"],
+        kept: Sequence[Float[Tensor, "n r"]],
+        updates: Sequence[Update],
+        *,
+        of_x: bool,
+    ) -> tuple[Float[Tensor, "*rows d_in"] | None, list[Tensor | None]]:
+        """Gradient of x, if it is asked for, and of every update's A and B that is trained."""
+        grad_x = input_gradient(self.base_layer, grad_y) if of_x else None
+        of_factors: list[Tensor | None] = []
+        for update, z in zip(updates, kept, strict=True):
+            dy, a, b = _rows(grad_y, update), update.a, update.b
+            dz = dy @ (b.to(dy.dtype) * update.scaling)
+            rows, mask = _rows(x, update), None
+            if a.requires_grad:
+                rows, mask = update.dropped(rows)
+            of_factors += [
+                (dz.T @ rows).to(a.dtype) if a.requires_grad else None,
+                (dy.T @ z).to(b.dtype).mul_(update.scaling) if b.requires_grad else None,
+            ]
+            if grad_x is None:
+                continue
+            if update.dropout and update.seed is not None:
+                mask = _kept(rows, update.dropout, update.seed) if mask is None else mask
+                _rows(grad_x, update, written=True).add_((dz @ a.to(dy.dtype)).mul_(mask))
+            else:
+                _rows(grad_x, update, written=True).addmm_(dz, a.to(dy.dtype))
+        return grad_x, of_factors
+
+
+class _Adapted(torch.autograd.Function):
+    """A LoraLinear's output. Kept for backward: its input, once however many layers read it, and A x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: LoraLinear, updates: tuple[Update, ...], *masters: Tensor
+    ) -> Tensor:
+        y, kept = layer.product(x, updates)
+        ctx.layer, ctx.updates = layer, updates
+        ctx.save_for_backward(x, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        grad_x, of_factors = ctx.layer.gradients(
+            grad_y, x, kept, ctx.updates, of_x=ctx.needs_input_grad[0]
         )
+        return grad_x, None, None, *of_factors
+
+
+def _delta(x: Tensor, update: Update) -> Tensor:
+    return lora_delta(
+        x, update.a, update.b, scaling=update.scaling, dropout=update.dropout, seed=update.seed
+    )
+
+
+def _rows(x: Float[Tensor, "*rows d"], update: Update, *, written: bool = False) -> Tensor:
+    """The update's rows as a matrix `[n, d]`; of what is `written` to, a view or an error."""
+    if update.stop - update.start < x.shape[-2]:
+        x = x[..., update.start : update.stop, :]
+    return x.view(-1, x.shape[-1]) if written else x.reshape(-1, x.shape[-1])
+
+
+def input_gradient(layer: nn.Module, grad_y: Tensor) -> Tensor:
+    """Gradient of a frozen layer's input."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.input_gradient(grad_y)
+    weight = cast(Tensor, layer.weight)
+    return grad_y @ (weight.T if type(layer).__name__ == "Conv1D" else weight)
 
 
 class CopiedWeight(nn.Module):

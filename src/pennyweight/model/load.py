@@ -20,6 +20,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.utils import logging as transformers_logging
 
 from pennyweight.attention import attend
+from pennyweight.blocks import HostEmbedding, stand_in
 from pennyweight.config import BaseConfig
 from pennyweight.errors import MemoryExhausted, ModelError, PennyweightError
 from pennyweight.foreign import ForeignError, file_in, read_json
@@ -61,9 +62,16 @@ def load_base(config: BaseConfig, *, trainable: bool = False) -> BaseModel:
     tensors = _lazy_tensors(folder)
     if stored is not None:
         tensors = store.take_prequantized(tensors, _transposed(hf_config))
-    module = _read(hf_config, tensors, store, torch.float32 if trainable else dtype)
+    module = _read(
+        hf_config,
+        tensors,
+        store,
+        torch.float32 if trainable else dtype,
+        host_embedding=config.embedding_device == "host",
+    )
     module.requires_grad_(trainable)
     module.eval()
+    stand_in(module)
     tokenizer = load_tokenizer(config.model)
     base = BaseModel(
         module,
@@ -132,7 +140,12 @@ def register() -> None:
 
 
 def _read(
-    config: PretrainedConfig, tensors: dict[str, Any], store: Storage, dtype: torch.dtype
+    config: PretrainedConfig,
+    tensors: dict[str, Any],
+    store: Storage,
+    dtype: torch.dtype,
+    *,
+    host_embedding: bool = False,
 ) -> PreTrainedModel:
     """Build the module and let transformers' loader fill it from `tensors`, strictly."""
     extra: dict[str, Any] = {}
@@ -177,7 +190,25 @@ def _read(
         raise ModelError.all(faults[:10])
     if hasattr(module.config, "quantization_config"):
         del module.config.quantization_config
+    if host_embedding:
+        _leave_embedding(module)
     return module.to(store.device)
+
+
+def _leave_embedding(module: PreTrainedModel) -> None:
+    """Let the table of embeddings stay in host memory."""
+    table, head = module.get_input_embeddings(), module.get_output_embeddings()
+    if type(table) is not torch.nn.Embedding:
+        raise ModelError(
+            f"{type(module).__name__}: its embeddings are more than a table; "
+            "remove base.embedding_device"
+        )
+    if getattr(head, "weight", None) is table.weight:
+        raise ModelError(
+            f"{type(module).__name__}: embeddings and output head are one table, which the head "
+            "needs on the device; remove base.embedding_device"
+        )
+    module.set_input_embeddings(HostEmbedding(table))
 
 
 def _lazy_tensors(folder: Path) -> dict[str, Any]:

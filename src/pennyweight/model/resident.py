@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pennyweight.blocks import GatedFeedForward
 from pennyweight.errors import ModelError
 from pennyweight.model.folder import fingerprint, read_settings
 from pennyweight.route import Route
@@ -58,14 +60,18 @@ class BaseModel:
         self.quantization, self.dtype = quantization, dtype
         self.mixed, self.stop_ids = mixed, stop_ids
         self.route = Route()
+        # Around each pass; what training says of the tensors that backward will want.
+        self.keeping: Callable[[], AbstractContextManager[None]] = nullcontext
         self.fingerprint = fingerprint(folder)
         for layer in module.modules():
-            if hasattr(layer, "layer_idx"):
+            if hasattr(layer, "layer_idx") or isinstance(layer, GatedFeedForward):
                 layer.pennyweight_route = self.route
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        # The head's, for embeddings may stay in host memory.
+        head: Any = self.module.get_output_embeddings()
+        return cast(torch.device, head.weight.device)
 
     @property
     def vocab_size(self) -> int:
@@ -79,7 +85,7 @@ class BaseModel:
         self, ids: Int64[Tensor, " tokens"], positions: Int64[Tensor, " tokens"]
     ) -> Float[Tensor, "tokens d"]:
         """Last hidden states of one flat row; the caller has set `route.over(...)`."""
-        with self._precision():
+        with self._precision(), self.keeping():
             out = self.module.base_model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False
             )

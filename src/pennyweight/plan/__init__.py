@@ -6,11 +6,13 @@ seconds, disk) and `search` (what to change when it does not fit).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pennyweight.config import RunConfig
 from pennyweight.errors import ConfigError
+from pennyweight.plan.activations import host_bytes
 from pennyweight.plan.batches import batch_peaks
 from pennyweight.plan.cost import Cost, Disk, cost, disk, paced
 from pennyweight.plan.devices import (
@@ -21,7 +23,14 @@ from pennyweight.plan.devices import (
     resident_bytes,
 )
 from pennyweight.plan.guess import guess_rows
-from pennyweight.plan.memory import FIRST_USE_BYTES, Moment, Part, parts, peak
+from pennyweight.plan.memory import (
+    FIRST_USE_BYTES,
+    Moment,
+    Part,
+    parts,
+    peak,
+    recompute_in_words,
+)
 from pennyweight.plan.outline import shapes_of
 from pennyweight.plan.search import Fit, chosen_policy, largest_fit, mends, sized
 from pennyweight.plan.setting import POLICIES, DataSize, Recompute, Setting
@@ -55,6 +64,8 @@ class Plan:
 
     `peak_bytes` includes the process, as resident memory does; `allocated_bytes` is tensors
     alone, as `torch.cuda.max_memory_allocated` counts them. `moment` is when the peak falls.
+    `recomputed_layers` go by `recompute`, the others keep all; `host_bytes` is what a card's run
+    holds in host memory for it and for an optimizer that lies there between steps.
     """
 
     model: str
@@ -67,6 +78,10 @@ class Plan:
     micro_batch_tokens: int
     longest_row: int
     recompute: Recompute
+    recomputed_layers: int
+    recompute_in_words: str
+    optimizer_on_host: bool
+    host_bytes: int
     parts: tuple[Part, ...]
     moment: Moment
     peak_bytes: int
@@ -125,7 +140,7 @@ def plan(
     it is guessed from local files, and else steps are known only by `train.max_steps`.
     """
     setting, budget = _setting(config, shapes, device, budget_bytes, rows)
-    policy = chosen_policy(setting, budget)
+    setting, policy = chosen_policy(setting, budget)
     held = parts(setting, policy)
     total, moment = peak(held)
     verdict: Verdict = "fits"
@@ -146,12 +161,17 @@ def plan(
         micro_batch_tokens=setting.micro_tokens,
         longest_row=setting.longest,
         recompute=policy,
+        recomputed_layers=setting.recomputed_layers if policy != "none" else 0,
+        recompute_in_words=recompute_in_words(setting, policy),
+        optimizer_on_host=setting.optimizer_on_host,
+        host_bytes=math.ceil(host_bytes(setting, policy) * setting.micro_tokens)
+        + (setting.optimizer_bytes if setting.optimizer_on_host else 0),
         parts=held,
         moment=moment,
         peak_bytes=total,
         allocated_bytes=peak(held, allocated=True)[0],
         budget_bytes=budget,
-        peak_by_policy={p: peak(parts(setting, p))[0] for p in POLICIES},
+        peak_by_policy={p: peak(parts(replace(setting, recomputed=None), p))[0] for p in POLICIES},
         verdict=verdict,
         changes=changes,
         peak_after_changes=after,
@@ -190,7 +210,8 @@ def fit(
 
 
 def _least(setting: Setting) -> int:
-    return peak(parts(sized(setting, 8, 1), "full"))[0]
+    shortest = sized(setting, 8, 1)
+    return min(peak(parts(shortest, policy))[0] for policy in POLICIES)
 
 
 def _setting(

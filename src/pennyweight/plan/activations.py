@@ -1,14 +1,14 @@
 """What one pass keeps for backward, counted from the layers' shapes.
 
 A decoder layer (RMSNorm, attention, RMSNorm, gated feed-forward) with a frozen base keeps, a
-token: the input of each norm, q, k, v, the attention's output and log-sum-exp, gate, act(gate),
-up and their product, and for each adapter its input (shared by layers that read the same
-tensor) and A(x). Frozen linear layers keep nothing. `tests/plan` holds these counts against
-the tensors that autograd really saves.
+token: the input of each norm, q, k, v, the attention's output and log-sum-exp, gate and up, and
+for each adapter its input (shared by layers that read the same tensor) and A(x); the input of
+`down_proj` is formed again. Frozen linear layers keep nothing. `tests/plan` holds these counts
+against the tensors that autograd really saves.
 
-Policies: `none` keeps all of it; `minimal` recomputes all but the attention's output and
-`down_proj`, `full` recomputes each layer from its input, `offloaded` also moves those inputs
-to host memory.
+Policies: `none` keeps all of it; `full` recomputes each layer from its input, but for the product
+with `down_proj`; `minimal` also keeps what attention gave; `offloaded` is `full` with the inputs
+in host memory, two of them on the device at a time. A policy may hold for the first layers alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pennyweight.plan.setting import Recompute, Setting
 from pennyweight.shapes import Parameter
 
 __all__ = [
+    "host_bytes",
     "kept_bytes",
     "largest_linear",
     "layer_bytes",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _OUTPUT_LEAVES = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "wo", "w2")
+_FORMED_AGAIN = ("down_proj",)
+_FORMED_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 # Tensors as wide as the feed-forward that the activation keeps, by how transformers writes it.
 _KEPT_BY_ACTIVATION = {"gelu_new": 4, "gelu_fast": 4, "gelu_pytorch_tanh": 1, "relu": 1}
 
@@ -45,19 +48,31 @@ def layer_bytes(setting: Setting, index: int = 0) -> float:
 
 
 def kept_bytes(setting: Setting, policy: Recompute) -> float:
-    """Bytes a token that a whole forward pass keeps under a policy."""
-    shapes = setting.shapes
-    if policy == "none":
-        return sum(layer_bytes(setting, i) * n for i, n in setting.layer_kinds) + _ends(setting)
+    """Bytes a token that a whole forward pass keeps under a policy, on the device."""
+    shapes, again = setting.shapes, setting.recomputed_layers if policy != "none" else 0
+    whole = sum(layer_bytes(setting, i) * n for i, n in setting.layer_kinds)
+    if not again:
+        return whole + _ends(setting)
     boundary = float(shapes.hidden * _residual_bytes(setting))
-    if policy == "minimal":
-        boundary += shapes.heads * (shapes.head_dim * setting.product_bytes + 4)
-    return boundary * (2 if policy == "offloaded" else shapes.layers) + _ends(setting)
+    kept = again * boundary + boundary + 4  # the last norm's input and 1/rms
+    if policy == "minimal" and not _written_out(setting):
+        kept += again * shapes.heads * (shapes.head_dim * setting.product_bytes + 4)
+    if policy == "offloaded" and setting.device.kind == "cuda":
+        kept = min(kept, 2 * boundary + 4)
+    return kept + whole * (1 - again / shapes.layers) + _ends(setting)
+
+
+def host_bytes(setting: Setting, policy: Recompute) -> float:
+    """Bytes a token that `offloaded` holds in host memory, beside a device that has its own."""
+    if policy != "offloaded" or setting.device.kind != "cuda":
+        return 0.0
+    boundaries = setting.recomputed_layers + 1
+    return float(boundaries * setting.shapes.hidden * _residual_bytes(setting))
 
 
 def rebuilt_bytes(setting: Setting, policy: Recompute) -> float:
     """Bytes a token of the one layer that backward recomputes and holds; 0 without recompute."""
-    if policy == "none":
+    if policy == "none" or not setting.recomputed_layers:
         return 0.0
     return max(layer_bytes(setting, index) for index, _ in setting.layer_kinds)
 
@@ -84,7 +99,8 @@ def largest_linear(setting: Setting) -> int:
 
 
 def _norms(setting: Setting, parameters: Iterable[Parameter]) -> float:
-    """RMSNorm keeps its input in float32 and 1/rms; LayerNorm its input, mean and 1/deviation."""
+    """RMSNorm keeps its input and 1/rms, a trained one a float32 copy and the normalized rows too;
+    LayerNorm keeps its input, mean and 1/deviation."""
     shapes, size = setting.shapes, setting.product_bytes
     rows = list(parameters)
     biased = {p.module for p in rows if p.name.endswith(".bias")}
@@ -102,16 +118,16 @@ def _norms(setting: Setting, parameters: Iterable[Parameter]) -> float:
             groups = shapes.kv_heads if _leaf(norm.module).startswith("k") else shapes.heads
         if norm.module in biased:
             kept += groups * (width * size + 8)
+        elif setting.full:
+            kept += groups * (2 * width * 4 + 4)
         else:
-            kept += groups * (width * 4 + 4)
-            if setting.full:
-                kept += groups * width * 4  # the normalized rows, for the weight's gradient
+            kept += groups * (width * size + 4)
     return kept
 
 
 def _inputs(setting: Setting, parameters: Iterable[Parameter]) -> float:
     """Inputs of adapted linear layers, once for those that read the same tensor, and A(x)."""
-    size, dropped = setting.product_bytes, setting.config.adapter.lora_dropout > 0
+    size = setting.product_bytes
     readers: dict[str, list[Parameter]] = defaultdict(list)
     kept = 0.0
     for linear in (p for p in parameters if p.kind == "linear"):
@@ -119,14 +135,16 @@ def _inputs(setting: Setting, parameters: Iterable[Parameter]) -> float:
         if rank is None and not setting.full:
             continue
         block, _, leaf = linear.module.rpartition(".")
-        readers[linear.module if leaf in _OUTPUT_LEAVES else block].append(linear)
         kept += (rank or 0) * size
+        if leaf in _FORMED_AGAIN and _gate_and_up_alone(setting):
+            continue
+        readers[linear.module if leaf in _OUTPUT_LEAVES else block].append(linear)
     for sharing in readers.values():
         width = sharing[0].shape[1] * size
         if setting.full:
             kept += width * (len(sharing) if setting.mixed else 1)  # each casts for itself
         else:
-            kept += width * (2 * len(sharing) if dropped else 1)  # factors and dropped input
+            kept += width
     return kept
 
 
@@ -141,29 +159,46 @@ def _attention(setting: Setting, parameters: Iterable[Parameter]) -> float:
     kept = float((across + 2 * shapes.kv_heads * shapes.head_dim) * size + 4 * shapes.heads)
     if any("qkv" in _leaf(p.module) and p.kind == "linear" for p in parameters):
         kept += (across + shapes.kv_heads * shapes.head_dim) * size  # v is a view of the three
-    if shapes.softcap or setting.config.base.attention == "eager":
+    if _written_out(setting):
         # 256 queries at a time see the keys up to the last of them
         seen = min(float(setting.longest), (setting.longest + 256) / 2)
         kept += seen * (4 * shapes.heads * (2 if shapes.softcap else 1) + 1)
     adapted = setting.full or any(_leaf(n) in _OUTPUT_LEAVES for n in setting.ranks)
-    if _one_document(setting) and adapted:
+    if _joined(setting) and adapted:
         return kept
     return kept + across * size
 
 
-def _one_document(setting: Setting) -> bool:
-    """One document fills the row, or the kernel takes the documents of a row at once."""
+def _joined(setting: Setting) -> bool:
+    """The kernel gives one output for all documents, which the layer after it reads as it is."""
     fused = setting.device.kind == "cuda" and setting.product_bytes == 2
-    return fused or setting.micro_tokens <= setting.longest
+    on_cpu = setting.device.kind == "cpu"
+    return (
+        (fused or on_cpu) and not _written_out(setting)
+    ) or setting.micro_tokens <= setting.longest
+
+
+def _written_out(setting: Setting) -> bool:
+    """Attention in plain operations, where every score is a tensor."""
+    return setting.shapes.softcap or setting.config.base.attention == "eager"
 
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _feed_forward(setting: Setting, width: int) -> float:
-    """gate, act(gate) and up, whose product is `down_proj`'s input; else what the activation keeps."""
+def _gate_and_up_alone(setting: Setting) -> bool:
+    """Whether a feed-forward keeps gate and up and forms the rest again: `pennyweight.blocks`."""
     shapes = setting.shapes
+    return shapes.gated and shapes.activation in _FORMED_ACTIVATIONS and not setting.full
+
+
+def _feed_forward(setting: Setting, width: int) -> float:
+    """gate and up; trained, act(gate) too, and their product is `down_proj`'s input. Without a
+    gate what the activation keeps."""
+    shapes = setting.shapes
+    if _gate_and_up_alone(setting):
+        return 2 * width * setting.product_bytes
     kept = _KEPT_BY_ACTIVATION.get(shapes.activation, 1)
     return width * setting.product_bytes * (kept + 2 if shapes.gated else kept)
 

@@ -2,7 +2,7 @@
 
 A token costs, with N linear parameters, h = d * vocabulary, P adapter parameters, L layers and
 documents of s tokens: forward 2N + 2h + 2dsL + 2P; gradients of inputs 2N + 2h, of attention
-5dsL, of the adapter 4P; recomputing adds 2N + 2dsL + 2P. Full fine-tuning adds 2N + 2h for the
+5dsL, of the adapter 4P; recomputing adds 2N + 2dsL + 2P, less what is left out. Full fine-tuning adds 2N + 2h for the
 weights' own gradients (arithmetic from the shapes; a product of m x k x n counts 2mkn).
 """
 
@@ -78,11 +78,11 @@ def flops_a_token(setting: Setting, policy: Recompute) -> float:
     total = 4 * (linear + head) + 7 * scores + 6 * adapter
     if setting.full:
         total += 2 * (linear + head)
-    if policy == "minimal":
-        down = shapes.layers * shapes.hidden * shapes.intermediate
-        total += 2 * (linear - down) + 2 * adapter
-    elif policy != "none":
-        total += 2 * linear + 2 * scores + 2 * adapter
+    if policy != "none":
+        # The product with down_proj feeds nothing that backward reads; trained, it is not left out.
+        down = 0 if setting.full else shapes.layers * shapes.hidden * shapes.intermediate
+        again = 2 * (linear - down) + 2 * adapter + (2 * scores if policy != "minimal" else 0)
+        total += again * setting.recomputed_layers / shapes.layers
     return total
 
 
@@ -114,7 +114,7 @@ def disk(setting: Setting) -> Disk:
     place = Path(setting.config.output_dir)
     return Disk(
         output,
-        kept * 12 * trained,
+        kept * (4 * trained + setting.optimizer_bytes),
         download,
         # Of a run that has begun, some of it is there already.
         None if (place / "checkpoints").exists() else _free(place),

@@ -12,7 +12,15 @@ from typing import Literal, get_args
 from pennyweight.plan.activations import kept_bytes, largest_linear, transient_bytes
 from pennyweight.plan.setting import Recompute, Setting
 
-__all__ = ["FIRST_USE_BYTES", "Moment", "Part", "parts", "peak", "peak_bytes"]
+__all__ = [
+    "FIRST_USE_BYTES",
+    "Moment",
+    "Part",
+    "parts",
+    "peak",
+    "peak_bytes",
+    "recompute_in_words",
+]
 
 Moment = Literal["load", "loss", "backward", "step"]
 ALWAYS: tuple[Moment, ...] = get_args(Moment)
@@ -23,6 +31,9 @@ MIB = 2**20
 # Bytes of one chunk of float32 logits; the same as in `pennyweight.loss`.
 CHUNK_BYTES = {"cpu": 64 * MIB}
 CHUNK_BYTES_DEVICE = 512 * MIB
+CHUNK_BYTES_SPARING = 128 * MIB
+# A page of optimizer state; the same as in `pennyweight.optim`.
+PAGE_BYTES = 32 * MIB
 # Freed blocks that glibc 2.36 held at the peak, as a share of what a pass keeps without recompute
 # (benchmarks/plan_cpu.py): with adapters 0.8 to 1.1, recomputing 0.7 to 0.8, in full 0.3.
 _KEPT_BY_GLIBC = 1.0
@@ -51,18 +62,28 @@ def parts(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
     """Every part of the memory that a run under this recompute policy takes."""
     tokens = setting.micro_tokens
     linear, other = setting.held_weights
+    elsewhere = ", embeddings on the host" if setting.embedding_on_host else ""
     return (
         Part("linear weights", linear, _stored_as(setting)),
-        Part("embeddings, head, norms", other, setting.dtype if not setting.full else "float32"),
+        Part(
+            "embeddings, head, norms",
+            other,
+            "float32" if setting.full else f"{setting.dtype}{elsewhere}",
+        ),
         *_while_loading(setting),
         *_trained(setting, policy),
         Part(
             "activations",
             math.ceil(kept_bytes(setting, policy) * tokens),
-            f"{tokens:,} tokens, recompute {policy}",
+            f"{tokens:,} tokens, {recompute_in_words(setting, policy)}",
             PASS,
         ),
-        Part("loss", _loss_bytes(setting), "one chunk of logits, gradient of hidden", ("loss",)),
+        Part(
+            "loss",
+            _loss_bytes(setting, policy),
+            "one chunk of logits, gradient of hidden",
+            ("loss",),
+        ),
         Part(
             "workspace",
             math.ceil(transient_bytes(setting, policy)),
@@ -80,6 +101,14 @@ def _process(setting: Setting) -> Part:
     size = PROCESS_BYTES[setting.device.kind] if measured is None else measured
     note = "interpreter, torch, kernels" + ("" if measured is None else ", measured here")
     return Part("process", size, note, ALWAYS, False)
+
+
+def recompute_in_words(setting: Setting, policy: Recompute) -> str:
+    """`recompute minimal in 12 of 32 layers`."""
+    layers = setting.shapes.layers
+    if policy == "none" or setting.recomputed_layers == layers:
+        return f"recompute {policy}"
+    return f"recompute {policy} in {setting.recomputed_layers} of {layers} layers"
 
 
 def peak(rows: Iterable[Part], *, allocated: bool = False) -> tuple[int, Moment]:
@@ -121,7 +150,7 @@ def _trained(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
     if setting.config.train.gradient_accumulation_steps > 1:
         moments = TRAINING
     rows.append(Part("gradients", 4 * trained, "float32", moments))
-    rows.append(Part("optimizer", 8 * trained, "AdamW's two moments, float32", TRAINING))
+    rows.append(_optimizer(setting))
     if policy != "none" and moments == ("step",):
         done = 1 - 1 / setting.shapes.layers  # when the first layer is recomputed
         rows.append(Part("gradients so far", int(4 * trained * done), "float32", ("backward",)))
@@ -131,17 +160,29 @@ def _trained(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
     return tuple(rows)
 
 
-def _loss_bytes(setting: Setting) -> int:
-    """Chunks of float32 logits at the worst instant, and the gradient of the hidden rows.
+def _optimizer(setting: Setting) -> Part:
+    """Both moments; of those in host memory two pages stand on the device, and only in the step."""
+    state = setting.optimizer_bytes
+    held = "8 bits" if setting.config.train.optim.endswith("8bit") else "float32"
+    if not setting.optimizer_on_host:
+        return Part("optimizer", state, f"AdamW's two moments, {held}", TRAINING)
+    note = f"two pages of AdamW's moments, {held}; {state / 1e6:,.1f} MB in host memory"
+    return Part("optimizer", min(state, 2 * PAGE_BYTES), note, ("step",))
 
-    In 16 bits a product or error of that size stands beside each; the chunk before is still
-    there while the next one is made.
+
+def _loss_bytes(setting: Setting, policy: Recompute) -> int:
+    """One chunk of float32 logits and the gradient of the hidden rows.
+
+    In 16 bits a product or error of that size stands beside it. Where layer inputs are offloaded
+    memory is dear, and chunks are smaller.
     """
     shapes, tokens = setting.shapes, setting.micro_tokens
     limit = CHUNK_BYTES.get(setting.device.kind, CHUNK_BYTES_DEVICE)
+    if policy == "offloaded":
+        limit = min(limit, CHUNK_BYTES_SPARING)
     chunk = max(16, limit // (4 * shapes.vocab))
     each = 4 if setting.product_bytes == 4 else 6
-    logits = min(chunk, tokens) * shapes.vocab * each * (1 if tokens <= chunk else 2)
+    logits = min(chunk, tokens) * shapes.vocab * each
     return logits + tokens * shapes.hidden * setting.product_bytes
 
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from pennyweight.config import RunConfig
-from pennyweight.plan.cost import cost
+from pennyweight.plan.cost import cost, flops_a_token
 from pennyweight.plan.memory import peak_bytes
-from pennyweight.plan.setting import Recompute, Setting
+from pennyweight.plan.setting import POLICIES, Recompute, Setting
 
-__all__ = ["RUNNABLE", "Fit", "chosen_policy", "largest_fit", "mends", "sized"]
+__all__ = ["RUNNABLE", "Fit", "asked_policy", "chosen_policy", "largest_fit", "mends", "sized"]
 
-RUNNABLE: tuple[Recompute, ...] = ("none", "full")
+RUNNABLE: tuple[Recompute, ...] = POLICIES
 """Policies that `train.gradient_checkpointing` can ask for, fastest first."""
 
 _SHORTEST = 128
+_IN_SOME_LAYERS: tuple[Recompute, ...] = ("minimal", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,48 @@ class Fit:
     overrides: tuple[str, ...]
 
 
-def chosen_policy(setting: Setting, budget_bytes: int) -> Recompute:
-    """The policy the run asks for; with `auto` the fastest that fits, else the most sparing."""
-    asked = setting.config.train.gradient_checkpointing
-    if asked != "auto":
+def asked_policy(config: RunConfig) -> Recompute | None:
+    """The policy that the run asks for; None where the choice is the plan's."""
+    asked = config.train.gradient_checkpointing
+    if isinstance(asked, bool):
         return "full" if asked else "none"
-    fitting = (p for p in RUNNABLE if peak_bytes(setting, p) <= budget_bytes)
-    return next(fitting, RUNNABLE[-1])
+    return None if asked == "auto" else asked
+
+
+def chosen_policy(setting: Setting, budget_bytes: int) -> tuple[Setting, Recompute]:
+    """The policy the run asks for; with `auto` the fastest that fits, else the most sparing.
+
+    The setting says for how many layers: `minimal` and `full` hold for as few of the first ones as
+    must be, and the one with less to compute again is taken. Full frees more of a layer, minimal
+    spares it attention; which counts for more is a matter of the documents' length.
+    """
+    asked = asked_policy(setting.config)
+    # A copy to host memory and back costs less than computing a layer again.
+    if setting.can_page and peak_bytes(setting, asked or "none") > budget_bytes:
+        setting = setting.paging()
+    if asked is not None:
+        return setting, asked
+    peaks = {p: peak_bytes(setting, p) for p in RUNNABLE}
+    if peaks["none"] <= budget_bytes:
+        return setting, "none"
+    mixed = [
+        (_in_few_layers(setting, p, budget_bytes), p)
+        for p in _IN_SOME_LAYERS
+        if peaks[p] <= budget_bytes
+    ]
+    if mixed:
+        return min(mixed, key=lambda each: flops_a_token(*each))
+    return setting, min(RUNNABLE, key=lambda p: peaks[p])
+
+
+def _in_few_layers(setting: Setting, policy: Recompute, budget_bytes: int) -> Setting:
+    """The setting with as many layers as fit that keep their inside."""
+    layers = setting.shapes.layers
+
+    def fits(kept: int) -> bool:
+        return peak_bytes(setting.recomputing(layers - kept), policy) <= budget_bytes
+
+    return setting.recomputing(layers - _most(layers - 1, fits))
 
 
 def mends(setting: Setting, budget_bytes: int) -> tuple[tuple[str, ...], int] | None:
@@ -51,7 +87,7 @@ def mends(setting: Setting, budget_bytes: int) -> tuple[tuple[str, ...], int] | 
         fitting: list[tuple[float, tuple[str, ...], int]] = []
         for overrides in group:
             trial = setting.again(_with(setting.config, overrides))
-            policy = chosen_policy(trial, budget_bytes)
+            trial, policy = chosen_policy(trial, budget_bytes)
             used = peak_bytes(trial, policy)
             if used <= budget_bytes:
                 fitting.append((cost(trial, policy).tokens_a_second, overrides, used))
@@ -87,7 +123,7 @@ def largest_fit(setting: Setting, budget_bytes: int) -> Fit | None:
         overrides=(
             f"data.max_length={length}",
             f"train.batch_size={batch}",
-            f"train.gradient_checkpointing={'false' if policy == 'none' else 'true'}",
+            f"train.gradient_checkpointing={policy}",
         ),
     )
 
@@ -105,8 +141,10 @@ def _candidates(setting: Setting) -> Iterator[list[tuple[str, ...]]]:
     if setting.storage not in ("nf4", "fp4"):
         stores.append(("train.method=qlora", "base.quantization=nf4"))
     recompute: list[tuple[str, ...]] = [()]
-    if train.gradient_checkpointing is False:
-        recompute.append(("train.gradient_checkpointing=true",))
+    asked = asked_policy(setting.config)
+    if asked is not None:
+        slower = RUNNABLE[RUNNABLE.index(asked) + 1 :]
+        recompute += [(f"train.gradient_checkpointing={policy}",) for policy in slower]
     for smaller in [rank] if setting.full else _halves(rank, 4):
         for shorter in _halves(length, _SHORTEST):
             for store in stores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -42,6 +43,10 @@ class Setting:
     shapes: Shapes
     device: Device
     rows: DataSize | None = None
+    recomputed: int | None = None
+    """Decoder layers that go by the recompute policy, counted from the first; None: all."""
+    optimizer_on_host: bool = False
+    """The optimizer's state lies in host memory between steps."""
 
     def __post_init__(self) -> None:
         if self.longest > self.shapes.max_positions:
@@ -49,6 +54,12 @@ class Setting:
                 f"data.max_length {self.config.data.max_length}: {self.shapes.name} knows "
                 f"{self.shapes.max_positions} positions; data.max_length={self.shapes.max_positions}"
             )
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers that go by the recompute policy; the others keep everything."""
+        layers = self.shapes.layers
+        return layers if self.recomputed is None else min(self.recomputed, layers)
 
     @property
     def method(self) -> str:
@@ -140,6 +151,8 @@ class Setting:
         """Bytes of the linear weights as stored, and of everything else in the base."""
         linear = other = 0
         for parameter in self.shapes.parameters:
+            if parameter.kind == "embedding" and self.embedding_on_host:
+                continue
             if parameter.kind != "linear":
                 other += parameter.elements * self.weight_bytes
             elif self.storage == "none":
@@ -151,14 +164,59 @@ class Setting:
                 linear += storage_bytes(parameter.shape, self.storage, double)
         return linear, other
 
+    @property
+    def embedding_on_host(self) -> bool:
+        """Host memory that is not the device's own holds the embeddings."""
+        asked = self.config.base.embedding_device == "host"
+        return asked and self.device.kind == "cuda"
+
     def again(self, config: RunConfig) -> Setting:
         """The same model, device and data under another config; what cannot differ is kept."""
         other = replace(self, config=config)
         before, now = self.config, config
         if (before.adapter, before.base, self.method) == (now.adapter, now.base, other.method):
-            for name in ("ranks", "adapter_elements", "layer_kinds", "held_weights"):
-                other.__dict__[name] = getattr(self, name)
+            self._hand_on(other)
         return other
+
+    def recomputing(self, layers: int) -> Setting:
+        """The same run with so many layers that go by the recompute policy."""
+        other = replace(self, recomputed=layers)
+        self._hand_on(other)
+        return other
+
+    @property
+    def can_page(self) -> bool:
+        """The optimizer's state may lie in host memory that is not the device's own."""
+        return self.config.train.optim.startswith("paged") and self.device.kind == "cuda"
+
+    def paging(self) -> Setting:
+        """The same run with the optimizer's state in host memory."""
+        other = replace(self, optimizer_on_host=True)
+        self._hand_on(other)
+        return other
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of AdamW's moments, wherever they lie."""
+        if not self.config.train.optim.endswith("8bit"):
+            return 8 * self.trained_elements
+        return sum(_bytes_in_8_bits(count) for count in self._trained_sizes())
+
+    def _trained_sizes(self) -> list[int]:
+        """Numbers in each tensor that is trained."""
+        if self.full:
+            return [p.elements for p in self.shapes.parameters]
+        factors = [
+            self.ranks[p.module] * side
+            for p in self.shapes.parameters
+            if p.module in self.ranks and p.kind in ("linear", "head")
+            for side in p.shape
+        ]
+        return factors + [math.prod(p.shape) for p in self.extra_trained]
+
+    def _hand_on(self, other: Setting) -> None:
+        for name in ("ranks", "adapter_elements", "layer_kinds", "held_weights"):
+            other.__dict__[name] = getattr(self, name)
 
     @property
     def trained_elements(self) -> int:
@@ -200,3 +258,8 @@ class Setting:
         if self.rows and not self.config.data.packing:
             return train.batch_size * self.rows.mean * train.gradient_accumulation_steps
         return float(self.micro_tokens * train.gradient_accumulation_steps)
+
+
+def _bytes_in_8_bits(count: int) -> int:
+    """Both moments of one tensor in blocks of 256; small ones stay in float32: `optim.eight_bits`."""
+    return 8 * count if count < 4096 else 2 * -(-count // 256) * (256 + 4)

@@ -47,6 +47,8 @@ def rows_of(plan: Plan) -> list[tuple[str, str, str]]:
         rows.append((part.name, as_size(part.bytes), remark))
     rows.append(("peak", as_size(plan.peak_bytes), f"during {plan.moment}"))
     rows.append(("memory", as_size(plan.budget_bytes), plan.device.name))
+    if plan.host_bytes:
+        rows.append(("host memory", as_size(plan.host_bytes), "pinned, beside the device"))
     for policy, size in plan.peak_by_policy.items():
         rows.append((f"peak, recompute {policy}", as_size(size), ""))
     return rows + _work(plan) + _disk(plan)
@@ -74,7 +76,8 @@ def _of_memory(plan: Plan) -> str:
         f"needs {as_size(plan.peak_bytes)} of {as_size(plan.budget_bytes)} on {plan.device.name}"
     )
     if plan.verdict == "fits":
-        return f"Fits: {needs}."
+        again = "" if plan.recompute == "none" else f", {plan.recompute_in_words}"
+        return f"Fits: {needs}{again}."
     if plan.verdict == "cannot":
         return (
             f"Cannot: {needs}, and no shorter rows, smaller batch or 4-bit base makes it fit; "

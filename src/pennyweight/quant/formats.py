@@ -74,11 +74,11 @@ def levels_of(kind: FourBit) -> Float32[Tensor, " 16"]:
     return NF4_LEVELS if kind == "nf4" else FP4_LEVELS
 
 
-def dynamic_levels() -> Float32[Tensor, " 256"]:
-    """The signed dynamic 8-bit format, ascending; code order is value order.
+def dynamic_levels(*, signed: bool = True) -> Float32[Tensor, " 256"]:
+    """The dynamic 8-bit format, ascending; code order is value order.
 
     Seven decades, 10^-6 to 1; decade i is cut into 2^i equal parts of [0.1, 1], each represented by
-    its middle, with both signs; then 0 and 1. The edges are rounded the way a fused multiply-add
+    its middle, with both signs; then 0 and 1. Without signs it is cut into twice as many. The edges are rounded the way a fused multiply-add
     rounds them, from below up to the middle and from above down, because that is how bitsandbytes
     gets its table on x86. Without fused instructions its own entries move by up to two units in
     the last place; readers of foreign tables allow for that.
@@ -86,13 +86,13 @@ def dynamic_levels() -> Float32[Tensor, " 256"]:
     tenth = torch.tensor(0.1, dtype=torch.float32).double()
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
-        parts = 2**decade
+        parts = 2 ** (decade + (not signed))
         at = torch.arange(parts + 1, dtype=torch.float64)
         step = ((1.0 - tenth).float() / parts).double()
         rising, falling = tenth + step * at, 1.0 - step * (parts - at)
         edges = torch.where(at < (parts + 1) // 2, rising, falling).float()
         middles = (edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (decade - 6)
-        values += [middles, -middles]
+        values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
 
 

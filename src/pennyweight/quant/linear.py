@@ -81,6 +81,11 @@ class QuantizedLinear(nn.Module):
             y = _FrozenProduct.apply(x.to(dtype), self.value, bias, False)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
+    def input_gradient(self, grad_y: Float[Tensor, "*rows d_out"]) -> Float[Tensor, "*rows d_in"]:
+        """W^T grad_y, in grad_y's dtype: for callers that write their own backward around forward."""
+        dtype = self.compute_dtype or grad_y.dtype
+        return _product(grad_y.to(dtype), self.value, None, transposed=True).to(grad_y.dtype)
+
     def extra_repr(self) -> str:
         kind = self._description.format if isinstance(self._description, Quantized4Bit) else "int8"
         return (

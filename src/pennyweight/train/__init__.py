@@ -13,8 +13,6 @@ from pennyweight.train.checkpoint import (
 from pennyweight.train.lock import RunLock
 from pennyweight.train.loop import MicroBatch, StopRequest, pieces, planned_steps, train
 from pennyweight.train.memory import (
-    disable_checkpointing,
-    enable_checkpointing,
     is_out_of_memory,
     peak_memory_bytes,
     release_cached,
@@ -22,11 +20,13 @@ from pennyweight.train.memory import (
     saved_bytes,
 )
 from pennyweight.train.random_state import random_tensors, restore_random
+from pennyweight.train.recompute import Recompute, disable_checkpointing, enable_checkpointing
 from pennyweight.train.trainee import Step, Trainee
 
 __all__ = [
     "CheckpointState",
     "MicroBatch",
+    "Recompute",
     "RunLock",
     "Step",
     "StopRequest",

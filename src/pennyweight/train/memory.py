@@ -1,13 +1,9 @@
-"""What training keeps in memory: recomputed layers, and what was measured.
-
-Recomputation is Chen et al. 2016, one checkpoint a decoder layer: layer inputs are kept, all
-else inside a layer is computed again in backward.
-"""
+"""What training keeps in memory, measured."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +11,16 @@ import torch
 from torch import Tensor
 
 from pennyweight.data.batch import parts
-from pennyweight.model import BaseModel, is_out_of_memory, release_cached
+from pennyweight.model import is_out_of_memory, release_cached
 
 __all__ = [
-    "disable_checkpointing",
-    "enable_checkpointing",
     "is_out_of_memory",
     "parts",
     "peak_memory_bytes",
-    "recomputing",
     "release_cached",
     "restart_peak",
     "saved_bytes",
 ]
-
-
-def enable_checkpointing(base: BaseModel) -> None:
-    """Compute each decoder layer again in backward in place of keeping its inside.
-
-    Only the layers' own training flag is raised, which is what transformers asks before it
-    recomputes; what is inside them stays in evaluation mode. The route, dropout seed included, is
-    read again, so backward belongs inside `route.over(...)`.
-    """
-    module: Any = base.module
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    # The name since transformers 5.20 or so; the older one warns there.
-    if hasattr(module, "activation_checkpointing_enable"):
-        module.activation_checkpointing_enable(options)
-    else:
-        module.gradient_checkpointing_enable(options)
-    # Needed by the reentrant kind alone; here it would compute gradients nobody reads.
-    module.disable_input_require_grads()
-    for layer in module.modules():
-        if getattr(layer, "gradient_checkpointing", False):
-            layer.training = True
-
-
-def disable_checkpointing(base: BaseModel) -> None:
-    """Undo `enable_checkpointing`."""
-    module: Any = base.module
-    if hasattr(module, "activation_checkpointing_disable"):
-        module.activation_checkpointing_disable()
-    else:
-        module.gradient_checkpointing_disable()
-    module.eval()
-
-
-@contextlib.contextmanager
-def recomputing(base: BaseModel) -> Iterator[None]:
-    """Checkpointing for the passes inside, of whatever trainee; others of the base go without."""
-    enable_checkpointing(base)
-    try:
-        yield
-    finally:
-        disable_checkpointing(base)
 
 
 def restart_peak(device: torch.device) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from pennyweight.data.batch import Batch
 from pennyweight.errors import DiskError, DivergedError, MemoryExhausted
 from pennyweight.lora.layer import stable_seed
-from pennyweight.loss import summed_cross_entropy
+from pennyweight.loss import chunk_rows, summed_cross_entropy
 from pennyweight.model import BaseModel
-from pennyweight.optim import load_state_tensors, set_learning_rate, state_tensors
-from pennyweight.train.memory import is_out_of_memory, parts, recomputing, release_cached
+from pennyweight.optim import PagedAdamW, load_state_tensors, set_learning_rate, state_tensors
+from pennyweight.train.memory import is_out_of_memory, parts, release_cached
+from pennyweight.train.recompute import Recompute, host_store, recomputing
 
 __all__ = ["Step", "Trainee"]
 
@@ -55,8 +56,8 @@ class Trainee:
     """What learns: named parameters, their optimizer, schedule, clip norm, seed and counters.
 
     One adapter on a resident base, or the base's own weights. It reads and writes nothing of any
-    other trainee. `learning_rate_at(step)` is asked with the count of steps taken. With `recompute`
-    its passes, and no others of the base, compute each layer again in backward.
+    other trainee. `learning_rate_at(step)` is asked with the count of steps taken. Its passes, and no
+    others of the base, go by `recompute` in the first `recomputed_layers` (None: all).
     """
 
     def __init__(
@@ -68,12 +69,15 @@ class Trainee:
         learning_rate_at: Callable[[int], float],
         max_grad_norm: float | None = 1.0,
         seed: int = 0,
-        recompute: bool = False,
+        recompute: Recompute = "none",
+        recomputed_layers: int | None = None,
         most_skipped: int = _MOST_SKIPPED_IN_A_ROW,
     ) -> None:
         self.base, self.parameters, self.optimizer = base, dict(parameters), optimizer
         self.learning_rate_at, self.max_grad_norm = learning_rate_at, max_grad_norm
-        self.seed, self.recompute, self.most_skipped = seed, recompute, most_skipped
+        self.seed, self.most_skipped = seed, most_skipped
+        self.recompute, self.recomputed_layers = recompute, recomputed_layers
+        self._store = host_store(base) if recompute == "offloaded" else None
         self.step = 0
         self.epoch = 0
         self.micro_batch = 0
@@ -100,8 +104,9 @@ class Trainee:
         waiting = [len(self._window) - 1]
         while (failed := self._accumulate(waiting)) is not None:
             self._drop_gradients()
+            if not self._relieved():
+                self._halve(failed)
             release_cached(self.base.device)
-            self._halve(failed)
             waiting = list(range(len(self._window)))
         self._seconds += time.perf_counter() - began
         return self._sums[-1]
@@ -136,6 +141,8 @@ class Trainee:
         """
         assert self._window, "forward_backward comes first"
         began = time.perf_counter()
+        if isinstance(self.optimizer, PagedAdamW):
+            self.optimizer.prefetch()
         count = sum(n for _, n in self._sums)
         losses = torch.stack([total for total, _ in self._sums]).tolist()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -225,14 +232,29 @@ class Trainee:
         return None
 
     def _pass(self, batch: Batch, seed: int) -> tuple[Tensor, int]:
-        with recomputing(self.base) if self.recompute else nullcontext():
-            return _forward_backward(self.base, batch, seed)
+        again: AbstractContextManager[None] = nullcontext()
+        if self.recompute != "none":
+            again = recomputing(
+                self.base, self.recompute, layers=self.recomputed_layers, store=self._store
+            )
+        with again:
+            return _forward_backward(self.base, batch, seed, sparing=self.recompute == "offloaded")
+
+    def _relieved(self) -> bool:
+        """Whether the optimizer had moments on the device that it could move to host memory."""
+        if not isinstance(self.optimizer, PagedAdamW) or not (freed := self.optimizer.relieve()):
+            return False
+        self._notices.append(
+            f"step {self.step + 1}: out of memory, so the optimizer's {freed / 1e6:,.1f} MB moved to "
+            "host memory, from where they come page by page; what is learned is the same"
+        )
+        return True
 
     def _halve(self, failed: Batch) -> None:
         if len(failed.sources) == 1:
             raise MemoryExhausted(
                 f"{failed.sources[0]}: one row of {failed.tokens:,} tokens does not fit in memory; "
-                "lower data.max_length, set train.gradient_checkpointing to true, or take a "
+                "lower data.max_length, set train.gradient_checkpointing to full, or take a "
                 "smaller base or quantization"
             )
         self.limit_tokens = failed.tokens // 2
@@ -315,7 +337,9 @@ _PROGRESS = (
 )
 
 
-def _forward_backward(base: BaseModel, batch: Batch, seed: int) -> tuple[Tensor, int]:
+def _forward_backward(
+    base: BaseModel, batch: Batch, seed: int, *, sparing: bool
+) -> tuple[Tensor, int]:
     """Gradients of the summed loss are added to the parameters; gives the sum and its count."""
     if not batch.trained_tokens:
         return torch.zeros((), device=base.device), 0
@@ -323,7 +347,12 @@ def _forward_backward(base: BaseModel, batch: Batch, seed: int) -> tuple[Tensor,
     with base.route.over(batch.boundaries, batch.adapters, dropout_seed=seed):
         hidden = base.hidden(batch.ids, batch.positions).to(base.dtype)
         total, count = summed_cross_entropy(
-            hidden, batch.ids, batch.trained, batch.boundaries, base.head
+            hidden,
+            batch.ids,
+            batch.trained,
+            batch.boundaries,
+            base.head,
+            chunk_tokens=chunk_rows(base.vocab_size, base.device, sparing=sparing),
         )
         torch.autograd.backward(total)  # inside, since recomputation reads the route
     return total.detach(), count

@@ -349,7 +349,8 @@ def _steps(account: Account) -> None:
         account.carry_or_assume("num_epochs", "train.epochs", epochs, 1.0)
     again = account.read("gradient_checkpointing")
     if isinstance(again, str) and account.read("gradient_checkpointing") not in ("true", "false"):
-        account.carry("gradient_checkpointing", "train.gradient_checkpointing", True)
+        policy = "offloaded" if again.startswith("offload") else True
+        account.carry("gradient_checkpointing", "train.gradient_checkpointing", policy)
     else:
         value = account.truth("gradient_checkpointing")
         account.carry_or_assume(

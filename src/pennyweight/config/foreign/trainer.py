@@ -52,19 +52,18 @@ _ADAMW = {
     "adamw_torch_npu_fused",
     "adamw_anyprecision",
     "optimi_adamw",
-    "paged_adamw_32bit",
 }
-_SMALL_ADAMW = {
-    "adamw_bnb_8bit",
-    "adamw_8bit",
-    "adamw_torch_8bit",
-    "adamw_torch_4bit",
-    "paged_adamw_8bit",
-    "paged_adamw",
-    "ao_adamw_4bit",
-    "ao_adamw_8bit",
-    "ao_adamw_fp8",
+# The Trainer's name: ours.
+_OUR_ADAMW = {
+    "adamw_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_torch_8bit": "adamw_8bit",
+    "ao_adamw_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
 }
+_SMALLER_ADAMW = {"adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8"}
 
 
 BFLOAT16 = "bfloat16 where the device multiplies it fast, else float32"
@@ -141,12 +140,15 @@ def optimizer(account: Account, key: str) -> None:
     named = account.text(key)
     if named in _ADAMW:
         account.same(key, "AdamW, its moments in float32")
-    elif named in _SMALL_ADAMW:
-        account.lose(
+    elif named in _OUR_ADAMW:
+        account.carry(key, "train.optim", _OUR_ADAMW[named])
+    elif named in _SMALLER_ADAMW:
+        account.carry(
             key,
-            "AdamW with small or paged moments; here they are float32 in device memory, 8 bytes a "
-            "trained parameter (`pennyweight plan` counts them); what is learned is the same but "
-            "for rounding",
+            "train.optim",
+            "adamw_8bit",
+            f"{named} is not here; 8 bits are the nearest, and what is learned is the same but for "
+            "rounding",
         )
     elif named is not None:
         account.lose(

@@ -1,10 +1,10 @@
-"""AdamW (Loshchilov & Hutter 2019) over an adapter's masters, its learning-rate schedule, and its
-state as named tensors. Weight decay is decoupled; LoRA+ (Hayou et al. 2024) trains B faster than A.
+"""AdamW (Loshchilov & Hutter 2019) over an adapter's masters, and its state as named tensors.
+
+Weight decay is decoupled; LoRA+ (Hayou et al. 2024) trains B faster than A.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -12,35 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.errors import DiskError
+from pennyweight.optim.paged import PagedAdamW
 
-__all__ = ["adamw", "load_state_tensors", "lr_at", "set_learning_rate", "state_tensors"]
+__all__ = ["Kind", "adamw", "load_state_tensors", "state_tensors"]
+
+Kind = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def lr_at(
-    step: int,
-    *,
-    peak: float,
-    total_steps: int,
-    warmup_steps: int = 0,
-    kind: Literal["constant", "linear", "cosine"] = "constant",
-    min_ratio: float = 0.0,
-) -> float:
-    """Learning rate of the optimizer step taken after `step` others.
-
-    Warm-up rises in equal parts and meets the peak at its last step; from there linear and cosine
-    fall towards `min_ratio * peak`, which they would meet at `total_steps`. Of 4 steps with 2 of
-    warm-up, linear: 1/2, 1, 1, 1/2 of the peak.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if kind == "constant":
-        return peak
-    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    left = 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return peak * (min_ratio + (1.0 - min_ratio) * left)
 
 
 def adamw(
@@ -50,12 +29,15 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     loraplus_lr_ratio: float | None = None,
+    kind: Kind = "adamw_torch",
+    resident_bytes: int | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW over named parameters, its moments made at once, so that memory is known before step 1.
 
     LoRA's B (names with `lora_B`) gets `loraplus_lr_ratio` times the learning rate. Parameters of
-    one dimension (norms, biases) do not decay. An optimizer that keeps its moments elsewhere is
-    made here too, and is a `torch.optim.Optimizer` with the same parameter groups and state.
+    one dimension (norms, biases) do not decay. Kinds in 8 bits hold moments in blocks; paged ones
+    keep at most `resident_bytes` of their state on the device between steps (None: all of it,
+    until memory is wanted), and learn the same to the bit wherever it lies.
     """
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters.items():
@@ -64,11 +46,24 @@ def adamw(
         groups.setdefault((faster, decay), []).append((name, parameter))
     assert groups, "nothing to train"
     devices = {p.device.type for members in groups.values() for _, p in members}
+    described = [
+        {"params": members, "weight_decay": decay, "lr_ratio": faster}
+        for (faster, decay), members in groups.items()
+    ]
+    if kind != "adamw_torch":
+        paged = kind.startswith("paged")
+        small = PagedAdamW(
+            described,
+            betas=betas,
+            eps=eps,
+            eight_bits=kind.endswith("8bit"),
+            paged=paged,
+            resident_bytes=resident_bytes if paged else None,
+        )
+        small.register_step_post_hook(_counted)
+        return small
     optimizer = torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": decay, "lr_ratio": faster}
-            for (faster, decay), members in groups.items()
-        ],
+        described,
         lr=0.0,
         betas=betas,
         eps=eps,
@@ -89,12 +84,6 @@ def _counted(optimizer: torch.optim.Optimizer, *_how: object) -> None:
     of a parameter goes by that count."""
     for _, parameter, _ in _named(optimizer):
         torch.autograd.graph.increment_version(parameter)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give each group `rate` times its own ratio."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_ratio"]
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

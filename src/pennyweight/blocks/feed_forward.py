@@ -1,0 +1,127 @@
+"""The gated feed-forward of Llama and its kin: down(act(gate x) * up x) (Shazeer 2020, SwiGLU).
+
+Plain autograd keeps gate, act(gate), up and their product. Here backward keeps gate and up alone
+and forms the rest again: elementwise work, where a product would cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pennyweight.lora.layer import LoraLinear, Update, input_gradient, linear_shape
+from pennyweight.quant import QuantizedLinear
+from pennyweight.route import Route
+
+__all__ = ["ACTIVATIONS", "GatedFeedForward"]
+
+_aten = torch.ops.aten
+
+# By transformers' name: the function, and its gradient from (grad, input).
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, _aten.silu_backward),
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "gelu_pytorch_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+}
+
+
+class GatedFeedForward(nn.Module):
+    """down(act(gate x) * up x), its layers under the names their model gave them.
+
+    `merged`: gate and up are one layer, `gate_up_proj` (Phi-3). `kept_after`: something after it
+    keeps its output for backward, a norm say; then a recomputation cannot leave out the product
+    with `down_proj`.
+    """
+
+    down_proj: nn.Module
+    pennyweight_route: Route
+
+    def __init__(
+        self, layers: dict[str, nn.Module], activation: str, *, kept_after: bool = False
+    ) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.activation, self.kept_after = activation, kept_after
+        self.merged = "gate_up_proj" in layers
+
+    def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        if self.merged:
+            gate, up = cast(nn.Module, self.gate_up_proj)(x).chunk(2, dim=-1)
+        else:
+            gate, up = cast(nn.Module, self.gate_proj)(x), cast(nn.Module, self.up_proj)(x)
+        down = self.down_proj
+        if not (torch.is_grad_enabled() and gate.requires_grad and _is_frozen(down, gate)):
+            act, _ = ACTIVATIONS[self.activation]
+            return cast(Tensor, down(act(gate) * up))
+        updates = down.updates(gate) if isinstance(down, LoraLinear) else ()
+        masters = [factor for update in updates for factor in (update.a, update.b)]
+        return cast(Tensor, _GatedDown.apply(gate, up, self, updates, *masters))
+
+    @property
+    def left_out(self) -> bool:
+        """Whether a layer that is computed again for backward has no use for the output."""
+        return self.pennyweight_route.recomputing and not self.kept_after
+
+
+class _GatedDown(torch.autograd.Function):
+    """act(gate) * up through the last layer; gate, up and the adapters' A x are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        block: GatedFeedForward,
+        updates: tuple[Update, ...],
+        *masters: Tensor,
+    ) -> Tensor:
+        act, _ = ACTIVATIONS[block.activation]
+        x = act(gate).mul_(up)
+        down, kept = block.down_proj, list[Tensor]()
+        if block.left_out:
+            if isinstance(down, LoraLinear):
+                kept = down.narrowed(x, updates)
+            width, _ = linear_shape(down)
+            y = x.new_zeros(()).expand(*x.shape[:-1], width)
+        elif isinstance(down, LoraLinear):
+            y, kept = down.product(x, updates)
+        else:
+            y = down(x)
+        ctx.block, ctx.updates = block, updates
+        ctx.save_for_backward(gate, up, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, *kept = ctx.saved_tensors
+        act, slope = ACTIVATIONS[ctx.block.activation]
+        acted, down = act(gate), ctx.block.down_proj
+        of_factors: list[Tensor | None] = []
+        if isinstance(down, LoraLinear):
+            grad_x, of_factors = down.gradients(grad_y, acted * up, kept, ctx.updates, of_x=True)
+        else:
+            grad_x = input_gradient(down, grad_y)
+        assert grad_x is not None
+        grad_up = acted.mul_(grad_x)
+        return slope(grad_x.mul_(up), gate), grad_up, None, None, *of_factors
+
+
+def _is_frozen(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the layer's weight gets no gradient and its product runs in x's type."""
+    base = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    return isinstance(base, QuantizedLinear) or (
+        isinstance(base, nn.Linear) and not base.weight.requires_grad
+    )
