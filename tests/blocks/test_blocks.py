@@ -131,6 +131,33 @@ def test_a_recomputed_feed_forward_leaves_out_what_nobody_reads() -> None:
     assert torch.equal(*slopes)
 
 
+def test_what_a_norm_gives_is_formed_again_for_the_layers_that_read_it() -> None:
+    """Of norm and readers the norm's input, 1/rms and each A x are kept; gradients are the same."""
+    route = Route()
+    norm = RMSNorm(nn.Parameter(torch.randn(WIDTH), requires_grad=False), 1e-5)
+    readers = [LoraLinear(nn.Linear(WIDTH, 8).requires_grad_(False), route, n) for n in "qkv"]
+    for reader in readers:
+        factors = torch.randn(RANK, WIDTH), torch.randn(8, RANK)
+        reader.put("one", LoraFactors(*factors, scaling=1.0, dropout=0.2))
+    x = torch.randn(1, ROWS, WIDTH, requires_grad=True)
+    trained = [x, *(p for r in readers for p in r.parameters() if p.requires_grad)]
+    held = [p for part in (norm, *readers) for p in part.parameters()]
+    readout = torch.randn(1, ROWS, 8)
+
+    def read(rows: Tensor) -> Tensor:
+        return sum((reader(rows) * readout).sum() for reader in readers)
+
+    with route.over((0, ROWS), ("one",), dropout_seed=3):
+        kept = saved_bytes(
+            lambda: [reader(rows) for rows in [norm(x)] for reader in readers], besides=held
+        )
+        ours = torch.autograd.grad(read(norm(x)), trained)
+        plain = torch.autograd.grad(read(norm(x) + 0), trained)  # the sum says nothing of its parts
+    assert kept == 4 * ROWS * (WIDTH + 1 + 3 * RANK)
+    for one, two in zip(ours, plain, strict=True):
+        assert torch.equal(one, two)
+
+
 STAND_INS = {
     "llama": (5, 2),
     "mistral": (5, 2),

@@ -112,11 +112,10 @@ def test_sixteen_bit_full_fine_tuning_keeps_casts(sized_model: Any) -> None:
 
 def test_one_layer_of_llama_by_hand() -> None:
     """hidden 8, feed-forward 16, 2 heads of 4, rank 3, float32, one document:
-    norm inputs 2*8 + 2 scales, adapter inputs 8 (q, k, v) + 8 (gate, up), attention 8+8+8+8 + 2,
-    gate and up 2*16, A(x) 7*3."""
+    norm inputs 2*8 + 2 scales, attention 8+8+8+8 + 2, gate and up 2*16, A(x) 7*3."""
     model = dense_shapes("x", layers=1, hidden=8, intermediate=16, heads=2, vocab=10)
     setting = Setting(run_config(tokens=64, r=3), model, CPU)
-    numbers = (2 * 8 + 2) + (8 + 8) + (4 * 8 + 2) + 2 * 16 + 7 * 3
+    numbers = (2 * 8 + 2) + (4 * 8 + 2) + 2 * 16 + 7 * 3
     assert layer_bytes(setting) == 4 * numbers
 
 

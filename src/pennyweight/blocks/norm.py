@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pennyweight.lora.formed import forms
+
 __all__ = ["RMSNorm"]
 
 
@@ -30,14 +32,18 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         frozen = not self.weight.requires_grad
         if frozen and torch.is_grad_enabled() and x.requires_grad:
-            scaled: Tensor = _FrozenNorm.apply(x, self)
-            return scaled
+            scaled, inverse = _FrozenNorm.apply(x, self)
+            return forms(scaled, (x.detach(), inverse), self.scaled)
         wide = _wide(x)
         return self.weigh(wide * self.inverse_rms(wide), x.dtype)
 
     def inverse_rms(self, wide: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:
         """1 / sqrt(mean(x^2) + eps) of each row."""
         return torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+
+    def scaled(self, x: Tensor, inverse: Tensor) -> Tensor:
+        """The output, from the input and 1/rms of each row."""
+        return self.weigh(_wide(x) * inverse, x.dtype)
 
     def weigh(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
         """Normalized rows times the weight, in `dtype`."""
@@ -53,16 +59,16 @@ class _FrozenNorm(torch.autograd.Function):
     """A norm's output; its input and one number a row are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: RMSNorm) -> Tensor:
-        wide = _wide(x)
-        inverse = norm.inverse_rms(wide)
+    def forward(ctx: Any, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        inverse = norm.inverse_rms(_wide(x))
         ctx.norm = norm
         ctx.save_for_backward(x, inverse)
-        return norm.weigh(wide * inverse, x.dtype)
+        ctx.mark_non_differentiable(inverse)
+        return norm.scaled(x, inverse), inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor, None]:
         x, inverse = ctx.saved_tensors
         weight = ctx.norm.weight.to(inverse.dtype)
         normalized = _wide(x) * inverse

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pennyweight.lora.formed import formed_from
 from pennyweight.lora.stack import FactorStack
 from pennyweight.quant import QuantizedLinear
 from pennyweight.route import Route
@@ -292,21 +293,29 @@ class LoraLinear(AdaptedModule):
 
 
 class _Adapted(torch.autograd.Function):
-    """A LoraLinear's output. Kept for backward: its input, once however many layers read it, and A x."""
+    """A LoraLinear's output. Kept for backward: A x, and its input, once however many layers read
+    it, or what that is formed from."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, layer: LoraLinear, updates: tuple[Update, ...], *masters: Tensor
     ) -> Tensor:
         y, kept = layer.product(x, updates)
-        ctx.layer, ctx.updates = layer, updates
-        ctx.save_for_backward(x, *kept)
+        ctx.layer, ctx.updates, ctx.forming = layer, updates, None
+        parts: tuple[Tensor, ...] = (x,)
+        if (formed := formed_from(x)) is not None:
+            parts, ctx.forming = formed.parts, formed.forming
+            ctx.forming.readers += 1
+        ctx.parts = len(parts)
+        ctx.save_for_backward(*parts, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        parts, kept = saved[: ctx.parts], saved[ctx.parts :]
+        x = parts[0] if ctx.forming is None else ctx.forming.again(parts)
         grad_x, of_factors = ctx.layer.gradients(
             grad_y, x, kept, ctx.updates, of_x=ctx.needs_input_grad[0]
         )

@@ -2,8 +2,8 @@
 
 A decoder layer (RMSNorm, attention, RMSNorm, gated feed-forward) with a frozen base keeps, a
 token: the input of each norm, q, k, v, the attention's output and log-sum-exp, gate and up, and
-for each adapter its input (shared by layers that read the same tensor) and A(x); the input of
-`down_proj` is formed again. Frozen linear layers keep nothing. `tests/plan` holds these counts
+for each adapter A(x); its input is one of these, or formed again from them. Frozen linear layers keep
+nothing. `tests/plan` holds these counts
 against the tensors that autograd really saves.
 
 Policies: `none` keeps all of it; `full` recomputes each layer from its input, but for the product
@@ -52,7 +52,7 @@ def kept_bytes(setting: Setting, policy: Recompute) -> float:
     shapes, again = setting.shapes, setting.recomputed_layers if policy != "none" else 0
     whole = sum(layer_bytes(setting, i) * n for i, n in setting.layer_kinds)
     if not again:
-        return whole + _ends(setting)
+        return whole + _ends(setting) + _first_rows(setting)
     boundary = float(shapes.hidden * _residual_bytes(setting))
     kept = again * boundary + boundary + 4  # the last norm's input and 1/rms
     if policy == "minimal" and not _written_out(setting):
@@ -60,6 +60,14 @@ def kept_bytes(setting: Setting, policy: Recompute) -> float:
     if policy == "offloaded" and setting.device.kind == "cuda":
         kept = min(kept, 2 * boundary + 4)
     return kept + whole * (1 - again / shapes.layers) + _ends(setting)
+
+
+def _first_rows(setting: Setting) -> float:
+    """The first norm's output: nothing below it learns, so it has no backward to form it again in."""
+    first = setting.shapes.by_layer[0]
+    read = any(p.module in setting.ranks and _leaf(p.module) not in _OUTPUT_LEAVES for p in first)
+    formed = read and not setting.full and _norms_are_formed(first)
+    return float(setting.shapes.hidden * setting.product_bytes) if formed else 0.0
 
 
 def host_bytes(setting: Setting, policy: Recompute) -> float:
@@ -126,11 +134,12 @@ def _norms(setting: Setting, parameters: Iterable[Parameter]) -> float:
 
 
 def _inputs(setting: Setting, parameters: Iterable[Parameter]) -> float:
-    """Inputs of adapted linear layers, once for those that read the same tensor, and A(x)."""
+    """Inputs of adapted linear layers, once for those that read the same tensor, and A(x). What an
+    RMSNorm gives is formed again from its input."""
     size = setting.product_bytes
     readers: dict[str, list[Parameter]] = defaultdict(list)
-    kept = 0.0
-    for linear in (p for p in parameters if p.kind == "linear"):
+    kept, rows = 0.0, list(parameters)
+    for linear in (p for p in rows if p.kind == "linear"):
         rank = setting.ranks.get(linear.module)
         if rank is None and not setting.full:
             continue
@@ -143,9 +152,15 @@ def _inputs(setting: Setting, parameters: Iterable[Parameter]) -> float:
         width = sharing[0].shape[1] * size
         if setting.full:
             kept += width * (len(sharing) if setting.mixed else 1)  # each casts for itself
-        else:
+        elif _leaf(sharing[0].module) in _OUTPUT_LEAVES or not _norms_are_formed(rows):
             kept += width
     return kept
+
+
+def _norms_are_formed(parameters: Iterable[Parameter]) -> bool:
+    """Whether the layer's norms are RMSNorms: `pennyweight.blocks`."""
+    norms = [p.name for p in parameters if p.kind == "norm"]
+    return bool(norms) and not any(name.endswith(".bias") for name in norms)
 
 
 def _attention(setting: Setting, parameters: Iterable[Parameter]) -> float:

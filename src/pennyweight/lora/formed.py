@@ -1,0 +1,53 @@
+"""Inputs that backward can form again from what is kept anyway, so that they need not be kept too.
+
+A norm's output is read by two or three adapted layers, whose backward wants it. Its input and one
+number a row are kept by the norm itself, and the output is elementwise work from there. Who makes
+such a tensor says so on the tensor (`forms`); who would keep it asks (`formed_from`) and keeps the
+parts in its place. Where the word is lost on the way, the tensor is kept as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Formed", "Forming", "formed_from", "forms"]
+
+_WORD = "pennyweight_formed"
+
+
+class Forming:
+    """How a tensor is formed again, without its parts: its readers' backwards share one forming."""
+
+    def __init__(self, form: Callable[..., Tensor]) -> None:
+        self.form, self.readers = form, 0
+        self._value: Tensor | None = None
+
+    def again(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor, from its parts as autograd gave them back; dropped after the last reader."""
+        value = self.form(*parts) if self._value is None else self._value
+        self.readers -= 1
+        self._value = value if self.readers > 0 else None
+        return value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Formed:
+    """A tensor's parts, which a reader saves with autograd, and the forming, which it holds."""
+
+    parts: tuple[Tensor, ...]
+    forming: Forming
+
+
+def forms(tensor: Tensor, parts: Sequence[Tensor], form: Callable[..., Tensor]) -> Tensor:
+    """The tensor, with the word that `form(*parts)` gives it again; `form` holds no tensor."""
+    setattr(tensor, _WORD, Formed(tuple(parts), Forming(form)))
+    return tensor
+
+
+def formed_from(tensor: Tensor) -> Formed | None:
+    """How the tensor can be formed again, if its maker said so."""
+    found: Formed | None = getattr(tensor, _WORD, None)
+    return found
