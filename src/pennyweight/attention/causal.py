@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pennyweight.attention import compiled
 from pennyweight.attention.cache import Abreast
 from pennyweight.errors import ModelError
 from pennyweight.route import Route
@@ -153,7 +154,7 @@ def _by_torchs_cpu_kernel(query: Tensor, value: Tensor, rule: _Rule, longest: in
 
 
 class _Documents(torch.autograd.Function):
-    """Each document over itself by torch's CPU kernel, all of them into one row.
+    """Each document over itself by a CPU kernel, ours or torch's, all of them into one row.
 
     Through autograd's own operations the outputs would be kept for backward one by one, and their
     concatenation once more by what reads it.
@@ -169,11 +170,16 @@ class _Documents(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         counts = [b - a for a, b in pairwise(boundaries)]
+        ctx.compiled, ctx.boundaries, ctx.scale = False, boundaries, scale
+        if compiled.serves(query, key, value):
+            ctx.compiled = True
+            mixed, sums = compiled.attend(query, key, value, boundaries, scale)
+            ctx.save_for_backward(query, key, value, mixed, sums)
+            return mixed
         parts = [
             _FORWARD(*part, 0.0, True, scale=scale)
             for part in zip(*(each.split(counts, 2) for each in (query, key, value)), strict=True)
         ]
-        ctx.counts, ctx.scale = counts, scale
         mixed = _join_rows([out for out, _ in parts])
         ctx.save_for_backward(query, key, value, mixed, *(sums for _, sums in parts))
         return mixed
@@ -183,9 +189,12 @@ class _Documents(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mixed, *sums = ctx.saved_tensors
         rows = (grad, query, key, value, mixed)
+        if ctx.compiled:
+            return *compiled.attend_back(*rows, *sums, ctx.boundaries, ctx.scale), None, None
+        counts = [b - a for a, b in pairwise(ctx.boundaries)]
         parts = [
             _BACKWARD(*part, 0.0, True, scale=ctx.scale)
-            for part in zip(*(each.split(ctx.counts, 2) for each in rows), sums, strict=True)
+            for part in zip(*(each.split(counts, 2) for each in rows), sums, strict=True)
         ]
         return (*(_join_rows(list(each)) for each in zip(*parts, strict=True)), None, None)
 

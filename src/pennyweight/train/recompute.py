@@ -36,6 +36,7 @@ Recompute = Literal["none", "minimal", "full", "offloaded"]
 
 # What a fused attention is called among torch's operations, on all devices.
 _ATTENTION = (
+    "pennyweight::attend",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",

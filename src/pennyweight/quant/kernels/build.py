@@ -43,7 +43,7 @@ _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
 _PLAIN = {"plain": ("-DPENNYWEIGHT_PLAIN",)}
 _NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 _ONCE = ("library.cpp", "threads.cpp")
-_EACH = ("blockwise.cpp", "product.cpp")
+_EACH = ("attention.cpp", "blockwise.cpp", "product.cpp")
 
 
 class CannotBuild(RuntimeError):

@@ -29,6 +29,8 @@ class Library:
     dequantize: Any
     forward: Any
     backward: Any
+    attend: Any
+    attend_back: Any
 
 
 def chosen() -> Library | None:
@@ -75,6 +77,8 @@ def _variant(loaded: ctypes.CDLL, name: str) -> Library:
         "dequantize": (p, p, ctypes.c_bool, i32),
         "forward": (p, p, i64, p, p, i32),
         "backward": (p, p, i64, p, i32),
+        "attend": (p, i32),
+        "attend_back": (p, i32),
     }
     functions = {}
     for function, arguments in takes.items():
