@@ -211,9 +211,7 @@ class HostStore:
             host.copy_(tensor, non_blocking=True)
         if self.stream is not None:
             self._leaving.append((tensor, self.stream.record_event()))
-            if len(self._leaving) > 2:
-                _, copied = self._leaving.popleft()
-                torch.cuda.current_stream(self.device).wait_event(copied)
+            self._let_go(but=2)
         parked = _Parked(self, host, len(self._parked))
         self._parked.append(weakref.ref(parked))
         return parked
@@ -221,7 +219,7 @@ class HostStore:
     def _fetch(self, parked: Tensor | _Parked) -> Tensor:
         if isinstance(parked, Tensor):
             return parked
-        self._leaving.clear()
+        self._let_go(but=0)
         self._send_back(parked)
         if parked.place > 0 and (before := self._parked[parked.place - 1]()) is not None:
             self._send_back(before)
@@ -234,12 +232,18 @@ class HostStore:
             tensor.record_stream(stream)
         return tensor
 
+    def _let_go(self, *, but: int) -> None:
+        """Drop what has left the device, once it has, but for the last few."""
+        while len(self._leaving) > but:
+            _, copied = self._leaving.popleft()
+            torch.cuda.current_stream(self.device).wait_event(copied)
+
     def _send_back(self, parked: _Parked) -> None:
         """Begin to copy it to the device, unless it is on its way."""
         if parked.here is not None:
             return
         with self._beside():
-            tensor = torch.empty_like(parked.host, device=self.device)
+            tensor = torch.empty(parked.host.shape, dtype=parked.host.dtype, device=self.device)
             tensor.copy_(parked.host, non_blocking=True)
         parked.here = tensor, None if self.stream is None else self.stream.record_event()
 
