@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         frozen = not self.weight.requires_grad
         if frozen and torch.is_grad_enabled() and x.requires_grad:
             scaled, inverse = _FrozenNorm.apply(x, self)
-            return forms(scaled, (x.detach(), inverse), self.scaled)
+            return forms(scaled, x, inverse, by=self.scaled)
         wide = _wide(x)
         return self.weigh(wide * self.inverse_rms(wide), x.dtype)
 

@@ -8,6 +8,7 @@ parts in its place. Where the word is lost on the way, the tensor is kept as eve
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,19 +36,29 @@ class Forming:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Formed:
-    """A tensor's parts, which a reader saves with autograd, and the forming, which it holds."""
+    """A tensor's parts, which a reader saves with autograd, and the forming, which it holds.
 
-    parts: tuple[Tensor, ...]
+    The first part is as large as the tensor, and must not live because the tensor does.
+    """
+
+    first: weakref.ref[Tensor]
+    rest: tuple[Tensor, ...]
     forming: Forming
 
+    def parts(self) -> tuple[Tensor, ...] | None:
+        """The parts, if all of them are still there."""
+        first = self.first()
+        return None if first is None else (first.detach(), *self.rest)
 
-def forms(tensor: Tensor, parts: Sequence[Tensor], form: Callable[..., Tensor]) -> Tensor:
-    """The tensor, with the word that `form(*parts)` gives it again; `form` holds no tensor."""
-    setattr(tensor, _WORD, Formed(tuple(parts), Forming(form)))
+
+def forms(tensor: Tensor, first: Tensor, *rest: Tensor, by: Callable[..., Tensor]) -> Tensor:
+    """The tensor, with the word that `by(first, *rest)` gives it again; `by` holds no tensor."""
+    setattr(tensor, _WORD, Formed(weakref.ref(first), rest, Forming(by)))
     return tensor
 
 
-def formed_from(tensor: Tensor) -> Formed | None:
-    """How the tensor can be formed again, if its maker said so."""
-    found: Formed | None = getattr(tensor, _WORD, None)
-    return found
+def formed_from(tensor: Tensor) -> tuple[tuple[Tensor, ...], Forming] | None:
+    """Parts and forming of a tensor that can be formed again, if its maker said so."""
+    said: Formed | None = getattr(tensor, _WORD, None)
+    parts = None if said is None else said.parts()
+    return None if said is None or parts is None else (parts, said.forming)

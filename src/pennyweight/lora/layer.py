@@ -304,7 +304,7 @@ class _Adapted(torch.autograd.Function):
         ctx.layer, ctx.updates, ctx.forming = layer, updates, None
         parts: tuple[Tensor, ...] = (x,)
         if (formed := formed_from(x)) is not None:
-            parts, ctx.forming = formed.parts, formed.forming
+            parts, ctx.forming = formed
             ctx.forming.readers += 1
         ctx.parts = len(parts)
         ctx.save_for_backward(*parts, *kept)

@@ -159,8 +159,10 @@ def _inputs(setting: Setting, parameters: Iterable[Parameter]) -> float:
 
 def _norms_are_formed(parameters: Iterable[Parameter]) -> bool:
     """Whether the layer's norms are RMSNorms: `pennyweight.blocks`."""
-    norms = [p.name for p in parameters if p.kind == "norm"]
-    return bool(norms) and not any(name.endswith(".bias") for name in norms)
+    rows = list(parameters)
+    biased = {p.module for p in rows if p.name.endswith(".bias")}
+    norms = [p for p in rows if p.kind == "norm"]
+    return bool(norms) and not any(p.module in biased for p in norms)
 
 
 def _attention(setting: Setting, parameters: Iterable[Parameter]) -> float:
