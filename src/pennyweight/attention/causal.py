@@ -190,7 +190,7 @@ class _Documents(torch.autograd.Function):
         query, key, value, mixed, *sums = ctx.saved_tensors
         rows = (grad, query, key, value, mixed)
         if ctx.compiled:
-            return *compiled.attend_back(*rows, *sums, ctx.boundaries, ctx.scale), None, None
+            return *compiled.attend_back(*rows, sums[0], ctx.boundaries, ctx.scale), None, None
         counts = [b - a for a, b in pairwise(ctx.boundaries)]
         parts = [
             _BACKWARD(*part, 0.0, True, scale=ctx.scale)
