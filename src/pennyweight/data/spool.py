@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import marshal
+import json
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,8 @@ _IN_MEMORY_BYTES = 4 << 20
 class Spool(Sequence[Conversation]):
     """A sequence that only grows at its end, in a file without a name that goes with it.
 
-    Plain values are written as Python writes its constants (`marshal`: the fastest it has, and fit
-    for no one else's bytes; nobody else can write to this file). What that cannot hold, such as a
-    date from Parquet, stays in memory. `chosen` are the places a view shows.
+    Plain values are written as JSON. What that cannot hold, such as a date from Parquet, stays in
+    memory. `chosen` are the places a view shows.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -37,8 +36,8 @@ class Spool(Sequence[Conversation]):
         assert self._chosen is None, "a view is not written to"
         end = self._ends[-1] if self._ends else 0
         try:
-            written = marshal.dumps(_plain(row))
-        except ValueError:
+            written = json.dumps(_plain(row)).encode("ascii")
+        except (TypeError, ValueError, RecursionError):
             self._apart[len(self._ends)], written = row, b""
         self._file.seek(end)
         self._file.write(written)
@@ -72,7 +71,7 @@ class Spool(Sequence[Conversation]):
             return apart
         start = self._ends[place - 1] if place else 0
         self._file.seek(start)
-        return _conversation(marshal.loads(self._file.read(self._ends[place] - start)))
+        return _conversation(json.loads(self._file.read(self._ends[place] - start)))
 
     def __iter__(self) -> Iterator[Conversation]:
         return (self[i] for i in range(len(self)))
@@ -84,6 +83,7 @@ def _plain(row: Conversation) -> tuple[Any, ...]:
     return messages, row.source, row.kind, tools
 
 
-def _conversation(plain: tuple[Any, ...]) -> Conversation:
+def _conversation(plain: Sequence[Any]) -> Conversation:
     messages, source, kind, tools = plain
-    return Conversation(tuple(Message(*each) for each in messages), source, kind, tools)
+    given = None if tools is None else tuple(tools)
+    return Conversation(tuple(Message(*each) for each in messages), source, kind, given)
