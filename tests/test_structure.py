@@ -36,7 +36,7 @@ def test_a_module_names_its_face(name: str) -> None:
     """`__all__` is sorted, and everything in it exists; a module without one only explains."""
     if ".kernels" in name:
         pytest.importorskip("triton")
-    if name.startswith(("pennyweight.serve.api", "pennyweight.serve.listening")):
+    if name.startswith(tuple(f"pennyweight.serve.{room}" for room in ("api", "listening", "web"))):
         pytest.importorskip("fastapi")
         pytest.importorskip("uvicorn")
     if name == "pennyweight.evaluate.tasks.lm":

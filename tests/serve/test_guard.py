@@ -17,6 +17,7 @@ from pennyweight.serve.refusals import Refused
 from pennyweight.serve.settings import RequestLimits
 
 LIMITS = RequestLimits(body_bytes=1024, file_bytes=4096, body_seconds=0.05)
+DOOR = (b"<form>", [(b"content-security-policy", b"default-src 'none'")])
 
 
 class Asked:
@@ -57,7 +58,7 @@ class Asked:
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": str(size).encode()})
 
-        guard = Guard(app, keys=self.keys, limits=LIMITS, page_refusal=lambda: b"<form>")
+        guard = Guard(app, keys=self.keys, limits=LIMITS, page_refusal=lambda: DOOR)
         scope = {"type": "http", "method": self.method, "path": self.path, "headers": self.headers}
         await guard(scope, receive, send)
 
@@ -83,7 +84,8 @@ def test_only_a_key_opens_and_every_answer_has_an_id(keys: Keys) -> None:
 
 def test_a_browser_is_shown_where_to_put_its_key(keys: Keys) -> None:
     shown = Asked(keys, path="/", accept="text/html,*/*").sends(b"")
-    assert (shown.status, shown.body) == (401, b"<form>")
+    assert (shown.status, shown.body) == (401, DOOR[0])
+    assert shown.head[b"content-security-policy"] == b"default-src 'none'"
 
 
 def test_a_session_acts_from_our_own_pages_only(keys: Keys) -> None:

@@ -27,6 +27,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 # Bodies that are held at the same time, as so many of the largest there may be.
 MOST_BODIES = 32
+PageRefusal = tuple[bytes, list[tuple[bytes, bytes]]]
+"""A page and its headers."""
+
 UNSAFE = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _TEXT_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[{}\[\]]', re.DOTALL)
 
@@ -45,7 +48,7 @@ class Guard:
         keys: Keys,
         limits: RequestLimits,
         open_paths: Collection[str] = ("/healthz",),
-        page_refusal: Callable[[], bytes] | None = None,
+        page_refusal: Callable[[], PageRefusal] | None = None,
     ) -> None:
         self._app, self._keys, self._limits = app, keys, limits
         self._open = frozenset(open_paths)
@@ -65,7 +68,7 @@ class Guard:
             scope["state"]["request_id"] = answer.id
             if caller is None and scope["path"] not in self._open:
                 if self._page_refusal and b"text/html" in headers.get(b"accept", b""):
-                    await answer.page(401, self._page_refusal())
+                    await answer.page(401, *self._page_refusal())
                     return
                 raise Refused(
                     401,
@@ -195,8 +198,8 @@ class _Answer:
         body = json.dumps(refused.body()).encode()
         await self._whole(refused.status, b"application/json", body, headers)
 
-    async def page(self, status: int, body: bytes) -> None:
-        await self._whole(status, b"text/html; charset=utf-8", body, [])
+    async def page(self, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        await self._whole(status, b"text/html; charset=utf-8", body, headers)
 
     async def _whole(
         self, status: int, kind: bytes, body: bytes, headers: list[tuple[bytes, bytes]]

@@ -43,6 +43,7 @@ def _serve(settings: ServeSettings, keys: Keys, shown: str, say: Callable[[str],
     from pennyweight.serve.api import create_app
     from pennyweight.serve.listening import bound, listening
     from pennyweight.serve.service import Service
+    from pennyweight.serve.web import mount
     from pennyweight.train import RunLock
 
     with RunLock(settings.data_path, "server"), bound(settings.host, settings.port) as socket:
@@ -50,6 +51,7 @@ def _serve(settings: ServeSettings, keys: Keys, shown: str, say: Callable[[str],
         base = load_base(settings.base)
         service = Service(settings, keys, _store(settings), base)
         service.start()
+        mount(service)
         for note in service.notes:
             say(note)
         server = listening(
@@ -105,6 +107,7 @@ def _welcome(settings: ServeSettings, keys: Keys, shown: str, port: int) -> list
         f"curl {address}/v1/chat/completions -H \"Authorization: Bearer {shown}\" -d '{body}'",
         f'import os; from openai import OpenAI; client = OpenAI(base_url="{address}/v1", '
         f"api_key={python})",
+        f"page: open {address} in a browser, and paste the key there",
         f"serving {settings.base_id} at {address}",
     ]
 

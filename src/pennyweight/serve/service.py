@@ -11,6 +11,7 @@ from pennyweight.files import make_folder
 from pennyweight.model import BaseModel
 from pennyweight.serve.catalogue import Catalogue
 from pennyweight.serve.engine import Engine
+from pennyweight.serve.guard import PageRefusal
 from pennyweight.serve.jobs import Foreman
 from pennyweight.serve.keys import Keys
 from pennyweight.serve.questions import Questions
@@ -54,7 +55,7 @@ class Service:
         self.draining = False
         self.pages: list[Any] = []
         self.open_paths: set[str] = {"/healthz"}
-        self.page_refusal: Callable[[], bytes] | None = None
+        self.page_refusal: Callable[[], PageRefusal] | None = None
         self.notes: list[str] = []
 
     def start(self) -> None:

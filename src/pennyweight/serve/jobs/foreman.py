@@ -136,6 +136,22 @@ class Foreman:
         self.nudge()
         return kept_job
 
+    def draft(self, owner: str, asked: CreateJob) -> RunConfig:
+        """The run that a request would become; nothing is kept, and nothing begins."""
+        train = self._uploads.get(owner, asked.training_file, param="training_file")
+        path = self._uploads.path(train)
+        run, _ = described(
+            asked,
+            rows=count_rows(path),
+            train=path,
+            held_out=None,
+            seed=asked.seed or 0,
+            output_dir=self._folder / "draft",
+            settings=self._settings,
+            max_positions=self._base.max_positions,
+        )
+        return run
+
     def get(self, owner: str, job_id: str) -> JobRecord:
         found = self._store.get(JobRecord, job_id, owner)
         if found is None:

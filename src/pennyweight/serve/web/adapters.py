@@ -1,0 +1,108 @@
+"""Adapters with their numbers before and after, and the playground that asks several at once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Query, Request
+from fastapi.responses import RedirectResponse, Response
+
+from pennyweight.serve.api.caller import Asks
+from pennyweight.serve.records import CheckpointRecord, EventRecord, JobRecord, ModelRecord
+from pennyweight.serve.service import Service
+from pennyweight.serve.web.looks import HEADERS
+from pennyweight.serve.web.routing import Page, show
+from pennyweight.serve.web.views import Figures, figures_of
+
+__all__ = ["router"]
+
+router = APIRouter(route_class=Page)
+QUESTION = "Give the signature of this function as JSON.\n\ndef get_file(self, key):\n    return open(self.folder / key)"
+LONGEST_SHOWN = 256
+CHECKPOINT = "checkpoint"
+
+
+@router.get("/adapters")
+def adapters(request: Request, caller: Asks) -> Response:
+    rows = _rows(request.app.state.service, caller.name)
+    points = [row for row in rows if row["kind"] == CHECKPOINT]
+    whole = [row for row in rows if row["kind"] != CHECKPOINT]
+    return show(request, "adapters.html", here="Adapters", adapters=whole, checkpoints=points)
+
+
+@router.post("/adapters/forget")
+def forget(
+    request: Request, caller: Asks, model: Annotated[str, Form(alias="id", max_length=300)]
+) -> Response:
+    service: Service = request.app.state.service
+    service.catalogue.delete(caller.name, model)
+    return RedirectResponse("/adapters", 303, HEADERS)
+
+
+@router.get("/playground")
+def playground(
+    request: Request, caller: Asks, model: Annotated[list[str] | None, Query()] = None
+) -> Response:
+    """The base and every adapter to choose from; checkpoints only where one was asked for."""
+    service: Service = request.app.state.service
+    rows = _rows(service, caller.name)
+    asked = set(model or ())
+    whole = [row["id"] for row in rows if row["kind"] != CHECKPOINT or row["id"] in asked]
+    base = service.settings.base_id
+    marked = {base, *(asked or whole[:1])}
+    models = [
+        {"id": each, "base": each == base, "chosen": each in marked} for each in (base, *whole)
+    ]
+    most = service.settings.chat.max_new_tokens
+    return show(
+        request,
+        "playground.html",
+        here="Playground",
+        models=models,
+        question=QUESTION if base == "builtin" else "",
+        tokens=min(LONGEST_SHOWN, most),
+        most_tokens=most,
+    )
+
+
+def _rows(service: Service, owner: str) -> list[dict[str, Any]]:
+    """What is served to the key beside the base, the newest first."""
+    found = []
+    known: dict[str, Figures] = {}
+    for model in reversed(service.catalogue.listed(owner)[1:]):
+        record = service.store.get(ModelRecord, model.id, owner)
+        job = None if record is None or record.job_id is None else record.job_id
+        if job is not None and job not in known:
+            known[job] = figures_of(
+                service.store.all(EventRecord, {"job_id": job, "kind": "metrics"})
+            )
+        figures = known.get(job or "", Figures())
+        step = _checkpoint_step(service, job, model.id)
+        after = figures.after if step is None else dict(figures.held_out).get(step)
+        found.append(
+            {
+                "id": model.id,
+                "created_at": model.created_at,
+                "job": job,
+                "kind": CHECKPOINT
+                if step is not None
+                else "trained here"
+                if job
+                else "from a folder",
+                "before": figures.before,
+                "after": after,
+                "mine": model.owner == owner,
+            }
+        )
+    return found
+
+
+def _checkpoint_step(service: Service, job: str | None, model: str) -> int | None:
+    """The step of the checkpoint that this model is, None for a job's last word."""
+    if job is None:
+        return None
+    ended = service.store.get(JobRecord, job)
+    if ended is not None and ended.fine_tuned_model == model:
+        return None
+    points = service.store.all(CheckpointRecord, {"job_id": job})
+    return next((point.step for point in points if point.model == model), None)

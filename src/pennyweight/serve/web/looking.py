@@ -1,0 +1,84 @@
+"""What a job would learn from and what it would take, before anything has started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pennyweight.config import public
+from pennyweight.data.preview import Shown
+from pennyweight.errors import PennyweightError
+from pennyweight.finetune import look as look_at_rows
+from pennyweight.finetune import prepared
+from pennyweight.plan import DataSize, Plan, plan
+from pennyweight.plan.table import as_duration, as_size
+from pennyweight.serve.jobs import CreateJob
+from pennyweight.serve.refusals import Refused
+from pennyweight.serve.service import Service
+
+__all__ = ["Look", "look"]
+
+ROWS_SHOWN, MOST_LINES, LONGEST_LINE = 3, 20, 400
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Rows as the model reads them, the ledger's lines, the plan in words; or why not, a line each."""
+
+    faults: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+    shown: tuple[Shown, ...] = ()
+    plan: Mapping[str, Any] | None = None
+    fits: bool = False
+
+    @property
+    def ready(self) -> bool:
+        return self.fits and not self.faults
+
+
+def look(service: Service, owner: str, asked: CreateJob) -> Look:
+    """Settle the job as it would be settled, render its rows, and plan its memory; no weight is read."""
+    try:
+        run = service.jobs.draft(owner, asked)
+        seen = look_at_rows(run, ROWS_SHOWN)
+        if seen.refusal:
+            return Look(_shortened(seen.refusal), _shortened(seen.lines), seen.shown)
+        lengths = prepared(run).train.lengths
+        size = DataSize(len(lengths), int(sum(lengths)), int(max(lengths)))
+        predicted = plan(run, rows=size)
+    except Refused:
+        raise
+    except PennyweightError as fault:
+        if not isinstance(fault, ValueError):  # the server's own trouble, not the rows'
+            raise
+        return Look(_shortened(str(fault).splitlines()))
+    return Look(
+        (), _shortened(seen.lines), seen.shown, _told(predicted), predicted.verdict != "cannot"
+    )
+
+
+def _shortened(lines: Iterable[str]) -> tuple[str, ...]:
+    """The first lines, fit for anybody's eyes: names of files, not where the server keeps them."""
+    told = [str(public(line))[:LONGEST_LINE] for line in lines]
+    more = len(told) - MOST_LINES
+    return (*told[:MOST_LINES], *([f"and {more:,} more"] if more > 0 else []))
+
+
+def _told(predicted: Plan) -> dict[str, Any]:
+    """The plan in words and figures of a page."""
+    cost = predicted.cost
+    fits = {
+        "fits": "It fits.",
+        "fits with changes": "As it is set it does not fit; with fewer tokens at once it may.",
+        "cannot": "It does not fit on this machine.",
+    }
+    return {
+        "said": fits[predicted.verdict],
+        "peak": as_size(predicted.peak_bytes),
+        "budget": f"{as_size(predicted.budget_bytes)} on {predicted.device.name}",
+        "steps": "" if cost.steps is None else f"{cost.steps:,}",
+        "seconds": "" if cost.seconds is None else as_duration(cost.seconds),
+        "trained": f"{predicted.trained_parameters:,}",
+        "share": f"{predicted.trained_parameters / predicted.parameters:.2%}",
+    }
