@@ -68,6 +68,15 @@ def test_every_linear_layer_but_the_head_is_held_quantized(tiny_llama_folder):
     assert not any(p.requires_grad for p in base.module.parameters())
 
 
+def test_dense_weights_that_are_kept_change_no_logit(tiny_llama_folder):
+    base = load_base(BaseConfig(model=str(tiny_llama_folder), quantization="nf4", device="cpu"))
+    expected = logits(base)
+    layers = [m for m in base.module.modules() if isinstance(m, QuantizedLinear)]
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    assert base.keep_dense() == 4 * numbers
+    torch.testing.assert_close(logits(base), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("folder", "quantization", "double", "loss"),
     [

@@ -179,6 +179,25 @@ def test_inference_mode_does_not_spoil_later_training() -> None:
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dense_weight_that_is_kept_gives_the_same_and_is_read_by_inference_alone(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENNYWEIGHT_KERNELS", "off")
+    linear, x = layer(kind), torch.randn(3, 70)
+    with torch.inference_mode():
+        expected = linear(x)
+    stored = sum(tensor.nbytes for tensor in linear.state_dict().values())
+    assert linear.keep_dense(torch.float32) == 24 * 70 * 4
+    assert sum(tensor.nbytes for tensor in linear.state_dict().values()) == stored
+    with torch.inference_mode():
+        assert torch.equal(linear(x), expected)
+        linear.kept.zero_()  # type: ignore[union-attr]
+        assert torch.equal(linear(x), linear.bias.expand(3, -1))  # type: ignore[union-attr]
+        assert not torch.equal(linear(x.double()), linear.bias.expand(3, -1))  # type: ignore[union-attr]
+    torch.testing.assert_close(linear(x), expected)
+
+
 def test_it_says_what_it_is() -> None:
     assert "in_features=70, out_features=24, bias=True, format=nf4" in repr(layer())
     assert "format=int8" in repr(layer("int8"))

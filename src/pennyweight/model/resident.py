@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pennyweight.blocks import GatedFeedForward
 from pennyweight.errors import ModelError
 from pennyweight.model.folder import fingerprint, read_settings
+from pennyweight.quant import QuantizedLinear
 from pennyweight.route import Route
 
 __all__ = ["BaseModel", "Head", "check_head"]
@@ -114,6 +115,12 @@ class BaseModel:
             wrapped=plain is not module,
             module=module,
         )
+
+    def keep_dense(self) -> int:
+        """Hold every quantized weight in the compute type as well, so that generation dequantizes
+        nothing; gives the bytes that takes. Training reads the codes as before."""
+        layers = (m for m in self.module.modules() if isinstance(m, QuantizedLinear))
+        return sum(layer.keep_dense(self.dtype) for layer in layers)
 
     def write_folder(self, folder: Path) -> None:
         """The whole model as a plain Hugging Face folder, its config as the base's was."""

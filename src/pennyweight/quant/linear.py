@@ -36,6 +36,7 @@ class QuantizedLinear(nn.Module):
     codes: Tensor
     absmax: Tensor
     bias: Tensor | None
+    kept: Tensor | None
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class QuantizedLinear(nn.Module):
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("kept", None, persistent=False)
 
     @property
     def value(self) -> Quantized4Bit | Quantized8Bit:
@@ -68,6 +70,12 @@ class QuantizedLinear(nn.Module):
         """The dense weight, `[out_features, in_features]`, in its original dtype or in `dtype`."""
         return _dense(self.value, dtype)
 
+    def keep_dense(self, dtype: torch.dtype) -> int:
+        """Hold the dequantized weight as well, for passes in `dtype` without gradients: the same
+        numbers, dequantized once. Gives its bytes."""
+        self.kept = self.dequantize(dtype)
+        return self.kept.nbytes
+
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -76,7 +84,11 @@ class QuantizedLinear(nn.Module):
         y: Tensor
         if torch.is_inference_mode_enabled():
             # A decoded token is little work: a function of autograd's would cost more than some products.
-            y = _product(x.to(dtype), self.value, bias, transposed=False)
+            if self.kept is not None and self.kept.dtype == dtype:
+                with _autocast_off(device):
+                    y = F.linear(x.to(dtype), self.kept, bias)
+            else:
+                y = _product(x.to(dtype), self.value, bias, transposed=False)
         else:
             y = _FrozenProduct.apply(x.to(dtype), self.value, bias, False)
         return y if self.compute_dtype is None else y.to(x.dtype)

@@ -49,6 +49,8 @@ def _serve(settings: ServeSettings, keys: Keys, shown: str, say: Callable[[str],
     with RunLock(settings.data_path, "server"), bound(settings.host, settings.port) as socket:
         port = socket.getsockname()[1]
         base = load_base(settings.base)
+        if settings.chat.dense_weights:
+            say(f"holding {base.keep_dense():,} bytes of dequantized weights")
         service = Service(settings, keys, _store(settings), base)
         service.start()
         mount(service)
