@@ -91,11 +91,13 @@ def client_of(started: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
     from pennyweight.serve.api import create_app
 
-    opened = []
+    opened, apps = [], dict[int, Any]()
 
     def client(service: Any, who: str | None = "alice") -> TestClient:
         head = {} if who is None else {"authorization": f"Bearer {KEYS[who]}"}
-        made = TestClient(create_app(service), headers=head, raise_server_exceptions=False)
+        app = apps.setdefault(id(service), None) or create_app(service)
+        apps[id(service)] = app
+        made = TestClient(app, headers=head, raise_server_exceptions=False)
         opened.append(made)
         return made
 

@@ -154,7 +154,7 @@ def test_paused_resumed_and_interrupted_by_the_servers_end_it_ends_with_the_same
 ) -> None:
     service = started()
     client = client_of(service)
-    job = create(client, train={"max_steps": 12, "save_steps": 3})
+    job = create(client, train={"max_steps": 9, "save_steps": 3})
     until(client, job, "running")
     wait(lambda: steps_of(client, job))
     assert client.post(f"/v1/fine_tuning/jobs/{job['id']}/pause").json()["status"] == "paused"
@@ -168,7 +168,7 @@ def test_paused_resumed_and_interrupted_by_the_servers_end_it_ends_with_the_same
     again = started()
     client = client_of(again)
     done = until(client, job, "succeeded")
-    assert steps_of(client, job) == list(range(1, 13))
+    assert steps_of(client, job) == list(range(1, 10))
     run = kept(again.settings.data_path / "jobs" / job["id"])
     alone = run.model_copy(update={"output_dir": str(tmp_path / "alone")})
     finetune(alone)

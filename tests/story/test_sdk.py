@@ -38,6 +38,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Server(folder / "data", jobs={"running": 1}) as running:
         yield running
         assert running.stop(30) == 0
+    # The key is in nothing that was written: no log, event, card, receipt or store.
+    assert running.key not in running.said()
+    files = [path for path in (folder / "data").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files if running.key.encode() in path.read_bytes()]
 
 
 @pytest.fixture

@@ -44,9 +44,13 @@ class Answering:
     ) -> None:
         self.weight = weight
         self._beside = beside
-        budget = None if kv_bytes is None else MemoryBudget(kv_bytes)
-        self._decoding = Decoding(base, batch_size=rows, budget=budget)
+        self._base, self._rows, self._kv_bytes = base, rows, kv_bytes
+        self._decoding = self._begun()
         self._asks: dict[int, Ask] = {}
+
+    def _begun(self) -> Decoding:
+        budget = None if self._kv_bytes is None else MemoryBudget(self._kv_bytes)
+        return Decoding(self._base, batch_size=self._rows, budget=budget)
 
     @property
     def busy(self) -> bool:
@@ -95,10 +99,11 @@ class Answering:
         return float(total)
 
     def fail(self, fault: Exception) -> None:
-        """End all questions with this fault."""
-        for number, ask in list(self._asks.items()):
-            self._decoding.drop(number)
-            self._release(self._asks.pop(number))
+        """End all questions with this fault, and begin with nothing under way."""
+        asks, self._asks = self._asks, {}
+        self._decoding = self._begun()
+        for ask in asks.values():
+            self._release(ask)
             ask.deliver(fault)
 
     def _release(self, ask: Ask) -> None:

@@ -5,6 +5,7 @@ Others give it orders, which it takes up between two pieces of work; nobody else
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from pennyweight.serve.turns import Turns
 from pennyweight.serve.versions import Versions
 
 __all__ = ["Engine", "Training"]
+
+log = logging.getLogger("pennyweight.serve")
 
 Answer = TypeVar("Answer")
 
@@ -61,6 +64,11 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model has somebody who works with it."""
+        return self._thread.is_alive()
 
     @property
     def asked(self) -> int:
@@ -143,9 +151,12 @@ class Engine:
             try:
                 tokens = lane.work()
             except Exception as fault:
-                if lane is not self._answering:
-                    raise
-                self._answering.fail(fault)
+                # Only answers end with what went wrong; a job tells of its own faults itself.
+                log.exception("a piece of work failed inside")
+                if lane is self._answering:
+                    self._answering.fail(fault)
+                else:
+                    self._trainings.remove(lane)
                 tokens = 0.0
             self._turns.charge(lane, tokens)
 

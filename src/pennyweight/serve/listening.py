@@ -35,6 +35,7 @@ def bound(host: str, port: int) -> socket.socket:
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         server.bind((host, port))
+        server.listen(BACKLOG)  # whoever comes before the server is ready waits
     except OSError as fault:
         server.close()
         raise ConfigError(

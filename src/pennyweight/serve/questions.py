@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -271,8 +272,7 @@ class Answer:
 
     def _hear(self, at: int) -> Callable[[Token | Exception], object]:
         def heard(item: Token | Exception) -> None:
-            # The loop may be gone already where a server is torn down.
-            if not self._loop.is_closed():
+            with suppress(RuntimeError):  # the loop is gone where a server is torn down
                 self._loop.call_soon_threadsafe(self._heard.put_nowait, (at, item))
 
         return heard

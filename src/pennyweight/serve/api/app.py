@@ -54,6 +54,9 @@ def routes_of(service: Service) -> FastAPI:
     @app.get("/healthz", tags=["server"])
     async def health() -> Health:
         """Whether the server answers; the only route without a key."""
+        if not service.engine.alive:
+            said = "nothing works with the model any more: start the server again"
+            raise Refused(503, said, kind="server_error", code="engine_ended")
         return Health(status="draining" if service.draining else "ok")
 
     v1 = APIRouter(prefix="/v1")

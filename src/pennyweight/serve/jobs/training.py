@@ -58,14 +58,14 @@ class JobLane:
         began = time.perf_counter()
         try:
             beat = next(self._beats)
+            self._after(beat, time.perf_counter() - began)
         except StopIteration as done:
             self._end(done.value)
-            return 0.0
         except Exception as fault:
             self._end(fault)
-            return 0.0
-        self._after(beat, time.perf_counter() - began)
-        return float(beat.tokens)
+        else:
+            return float(beat.tokens)
+        return 0.0
 
     def _after(self, beat: Beat, seconds: float) -> None:
         if beat.kind in ("micro_batch", "stepped"):
@@ -100,5 +100,8 @@ class JobLane:
 
     def _end(self, how: Ending) -> None:
         self.busy = False
-        self._beats.close()
+        try:
+            self._beats.close()
+        except Exception as fault:
+            how = how or fault
         self._ended(how)
