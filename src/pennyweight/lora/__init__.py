@@ -8,6 +8,7 @@ from pennyweight.lora.binding import (
     check_name,
     described,
     detach,
+    is_attached,
     trained_parameters,
 )
 from pennyweight.lora.fit import check_fit
@@ -25,6 +26,7 @@ __all__ = [
     "content_hash",
     "described",
     "detach",
+    "is_attached",
     "lora_delta",
     "trained_parameters",
     "uniform",

@@ -35,6 +35,7 @@ __all__ = [
     "check_name",
     "described",
     "detach",
+    "is_attached",
     "trained_parameters",
 ]
 
@@ -106,6 +107,14 @@ def attached(base: Resident) -> list[str]:
         for n in layer.names()
     )
     return list(dict.fromkeys(names))
+
+
+def is_attached(base: Resident, name: str) -> bool:
+    """Whether an adapter of this name is beside the base; found at the first layer it stands at,
+    where `attached` walks through all adapters of all layers."""
+    return any(
+        isinstance(layer, AdaptedModule) and name in layer for layer in base.module.modules()
+    )
 
 
 def adapter_of(base: Resident, name: str, config: LoraConfig) -> Adapter:
