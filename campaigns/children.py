@@ -26,7 +26,16 @@ from typing import Any
 
 from campaigns.tally import Absent
 
-__all__ = ["Call", "Child", "Strace", "calls_of", "need_strace", "stop_before", "warm"]
+__all__ = [
+    "Call",
+    "Child",
+    "Strace",
+    "calls_of",
+    "need_strace",
+    "stop_before",
+    "wait_for_tracer",
+    "warm",
+]
 
 LONGEST_S = 120.0
 _CALL = re.compile(r"^(?:\d+\s+)?(\w+)\((.*)$")
@@ -110,10 +119,7 @@ class Child:
         return self._status("TracerPid") != "0"
 
     def _status(self, field: str) -> str:
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return line.split(":", 1)[1].strip()
-        raise KeyError(field)
+        return _status_of(self.pid, field)
 
 
 def _be_the_command(arguments: list[str], said: Path, before: Callable[[], object] | None) -> None:
@@ -159,6 +165,19 @@ def stop_before(code: CodeType, nth: int, *, then: Callable[[], object] | None =
                     then()
 
     sys.setprofile(profiler)
+
+
+def wait_for_tracer() -> None:
+    """In the child: stopped until it is traced; whoever else lets it go on does not matter."""
+    while _status_of("self", "TracerPid") == "0":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _status_of(process: int | str, field: str) -> str:
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return line.split(":", 1)[1].strip()
+    raise KeyError(field)
 
 
 def need_strace() -> str:

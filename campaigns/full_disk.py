@@ -22,7 +22,15 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from campaigns.children import Call, Child, Strace, calls_of, need_strace, stop_before
+from campaigns.children import (
+    Call,
+    Child,
+    Strace,
+    calls_of,
+    need_strace,
+    stop_before,
+    wait_for_tracer,
+)
 from campaigns.small_world import World
 from campaigns.tally import Absent, Tally
 
@@ -109,7 +117,7 @@ def _filled_by_another(world: World, description: Path, name: str, nth: int, lef
 def _fresh(world: World) -> None:
     """In the child: a data cache of its own, and the tracer is waited for."""
     os.environ["PENNYWEIGHT_CACHE"] = str(world.folder / "filled-cache")
-    os.kill(os.getpid(), signal.SIGSTOP)
+    wait_for_tracer()
 
 
 def _forget(world: World, description: Path) -> None:

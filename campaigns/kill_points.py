@@ -19,7 +19,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from campaigns.children import Call, Strace, calls_of, need_strace, stop_before
+from campaigns.children import Call, Strace, calls_of, need_strace, stop_before, wait_for_tracer
 from campaigns.small_world import World
 from campaigns.tally import Tally
 
@@ -95,7 +95,7 @@ def _stop_at_the_save(*, mark_end: bool = False) -> Any:
             os.access(END, os.F_OK)
 
     def stop() -> None:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        wait_for_tracer()
         if mark_end:
             sys.setprofile(mark)
 

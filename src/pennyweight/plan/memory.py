@@ -43,7 +43,7 @@ _KEPT_BY_GLIBC_IN_FULL = 0.3
 # by how much of the libraries the kernel has mapped); context and cuBLAS workspaces on a card.
 # What libraries take of a process once a run uses them, beside what they took when imported:
 # kernels, threads, model classes, tokenizer, the index of rows.
-FIRST_USE_BYTES = 100 * MIB
+FIRST_USE_BYTES = 75 * MIB
 PROCESS_BYTES = {"cpu": 500 * MIB, "cuda": 600 * MIB, "mps": 500 * MIB}
 
 
