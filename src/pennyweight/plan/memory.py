@@ -35,8 +35,8 @@ CHUNK_BYTES_SPARING = 128 * MIB
 # A page of optimizer state; the same as in `pennyweight.optim`.
 PAGE_BYTES = 32 * MIB
 # Freed blocks that glibc 2.36 held at the peak, as a share of what a pass keeps without recompute
-# (benchmarks/plan_cpu.py): with adapters 0.8 to 1.1, recomputing 0.7 to 0.8, in full 0.3.
-_KEPT_BY_GLIBC = 1.0
+# (benchmarks/plan_cpu.py): with adapters 0.5 to 1.1, recomputing 0.7 to 0.8, in full 0.3.
+_KEPT_BY_GLIBC = 0.8
 _KEPT_BY_GLIBC_RECOMPUTING = 0.75
 _KEPT_BY_GLIBC_IN_FULL = 0.3
 # Resident beside all tensors: interpreter, torch, transformers, threads (440 to 520 MiB on Linux,
