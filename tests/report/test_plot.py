@@ -77,3 +77,16 @@ def test_no_picture_of_rows_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     said = plot_rows([3], [1], [0], tmp_path / "a.png", max_length=9, dropped={})
     assert "pennyweight[plots]" in (said or "")
+
+
+def test_the_line_of_the_longest_length_is_inside_the_picture() -> None:
+    from matplotlib.figure import Figure
+
+    from pennyweight.report.rows import _draw_lengths
+
+    for limit in (200, 320, 512, 600):
+        axes = Figure().subplots()
+        _draw_lengths(axes, [150, 200, 326], [40, 60, 80], limit)
+        drawn = [line for line in axes.lines if line.get_xdata()[0] == limit + 0.5]
+        assert len(drawn) == (limit <= 512)
+        assert not drawn or limit + 0.5 < axes.get_xlim()[1]

@@ -79,7 +79,9 @@ def _draw_lengths(
     for label, values, colour, alpha in kinds:
         if values:
             axes.hist(values, bins=edges, color=colour, alpha=alpha, label=label)
+    right = edges[-1]
     if max_length <= 1.6 * longest:
+        right = max(right, 1.03 * max_length)
         axes.axvline(max_length + 0.5, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(
             f"max_length {max_length:,}",
@@ -104,7 +106,7 @@ def _draw_lengths(
         axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlim(edges[0], right)
     axes.set_ylabel("rows", color=FAINT, fontsize=9)
     axes.set_xlabel("tokens in a row", color=FAINT, fontsize=9)
     quieten(axes)
