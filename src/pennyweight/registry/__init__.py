@@ -2,7 +2,7 @@
 
 from pennyweight.registry.difference import Difference, difference
 from pennyweight.registry.portability import Loader, keep_uniform, loaders
-from pennyweight.registry.record import Version
+from pennyweight.registry.record import Version, held_out_in
 from pennyweight.registry.remote import pull, push
 from pennyweight.registry.store import Registry, default_folder
 
@@ -13,6 +13,7 @@ __all__ = [
     "Version",
     "default_folder",
     "difference",
+    "held_out_in",
     "keep_uniform",
     "loaders",
     "pull",

@@ -17,7 +17,16 @@ from typing import Any
 from pennyweight.errors import AdapterError, DiskError
 from pennyweight.foreign import ForeignError, file_in, read_json
 
-__all__ = ["HASH", "KEPT", "RECORD", "TENSORS", "Version", "read_version", "sha256_of"]
+__all__ = [
+    "HASH",
+    "KEPT",
+    "RECORD",
+    "TENSORS",
+    "Version",
+    "held_out_in",
+    "read_version",
+    "sha256_of",
+]
 
 RECORD = "version.json"
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -53,10 +62,7 @@ class Version:
 
     def receipt(self) -> dict[str, Any] | None:
         """The receipt of the run that made it, None where there is none that can be read."""
-        try:
-            return read_json(file_in(self.folder, RECEIPT))
-        except (FileNotFoundError, ForeignError):
-            return None
+        return _receipt_in(self.folder)
 
     def settings(self) -> dict[str, Any]:
         """PEFT's settings of it."""
@@ -67,16 +73,7 @@ class Version:
 
     def held_out(self) -> dict[str, Any] | None:
         """Rows measured on, loss before and after with its interval; None where nothing was held out."""
-        told = (self.receipt() or {}).get("held_out")
-        if not isinstance(told, Mapping) or not isinstance(told.get("after"), Mapping):
-            return None
-        found: dict[str, Any] = {"rows": told.get("rows")}
-        for side in ("before", "after"):
-            arm = told.get(side)
-            arm = arm if isinstance(arm, Mapping) else {}
-            for measure in ("loss", "loss_interval_95", "token_accuracy"):
-                found[f"{measure}_{side}"] = arm.get(measure)
-        return found
+        return held_out_in(self.folder)
 
     def check(self) -> None:
         """DiskError where a file is no longer what was kept."""
@@ -109,6 +106,27 @@ class Version:
 
 
 _AGAIN = "remove the version and add or pull it again"
+
+
+def held_out_in(folder: Path) -> dict[str, Any] | None:
+    """What the receipt in an adapter's folder says of held-out rows; `Version.held_out` tells what."""
+    told = (_receipt_in(folder) or {}).get("held_out")
+    if not isinstance(told, Mapping) or not isinstance(told.get("after"), Mapping):
+        return None
+    found: dict[str, Any] = {"rows": told.get("rows")}
+    for side in ("before", "after"):
+        arm = told.get(side)
+        arm = arm if isinstance(arm, Mapping) else {}
+        for measure in ("loss", "loss_interval_95", "token_accuracy"):
+            found[f"{measure}_{side}"] = arm.get(measure)
+    return found
+
+
+def _receipt_in(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(file_in(folder, RECEIPT))
+    except (FileNotFoundError, ForeignError):
+        return None
 
 
 def read_version(folder: Path) -> Version | None:

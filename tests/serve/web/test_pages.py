@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pennyweight.builtin import task
 from pennyweight.serve.records import (
     CheckpointRecord,
     EventRecord,
@@ -317,10 +318,31 @@ def test_what_a_form_cannot_be_is_said_in_its_place(
     assert "<html" not in answer.text
 
 
-def test_the_example_rows_can_be_taken_and_downloaded(service: Any, page: Any) -> None:
-    lines = page.get("/example.jsonl").text.splitlines()
-    assert len(lines) == 600
-    assert json.loads(lines[0])["messages"][-1]["role"] == "assistant"
+def test_the_example_rows_can_be_taken_and_downloaded(
+    page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The real ones are parsed out of the standard library, which takes seconds.
+    made = [json.loads(row(f"red {i}")) for i in range(700)]
+    monkeypatch.setattr(task, "rows", lambda split: iter(made))
+    answer = page.get("/example.jsonl")
+    assert [json.loads(line) for line in answer.text.splitlines()] == made[:600]
+    assert "attachment" in answer.headers["content-disposition"]
+    assert "example.jsonl" in looked(page, b"", rows="example").text
+
+
+def test_an_adapter_of_a_folder_tells_what_its_receipt_tells(service: Any, page: Any) -> None:
+    folder = service.versions.path("f" * 64)
+    folder.mkdir(parents=True)
+    told = {"held_out": {"rows": 9, "before": {"loss": 2.75}, "after": {"loss": 1.125}}}
+    (folder / "receipt.json").write_text(json.dumps(told))
+    service.store.name_model(ModelRecord("kept@prod", "alice", 1, "f" * 64, "tiny"))
+    text = page.get("/adapters").text
+    for said in ("kept@prod", "from a folder", "2.75", "1.125"):
+        assert said in text
+    forgotten = page.post("/adapters/forget", data={"id": "kept@prod"}, follow_redirects=False)
+    assert forgotten.status_code == 303
+    assert "kept@prod" not in page.get("/adapters").text
+    assert page.post("/adapters/forget", data={"id": "kept@prod"}).status_code == 404
 
 
 def test_usage_is_added_up_by_day(service: Any, page: Any) -> None:

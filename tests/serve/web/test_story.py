@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from pennyweight.builtin import task
-
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -97,8 +95,13 @@ def page(browser: Any) -> Iterator[Any]:
 
 def rows_file(folder: Path) -> Path:
     path = folder / "functions.jsonl"
-    rows = [row for row, _ in zip(task.rows("train"), range(40), strict=False)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = []
+    for i in range(40):
+        asked = f"Give the signature of this function as JSON.\n\ndef f{i}(a{i}):\n    return {i}"
+        answer = json.dumps({"name": f"f{i}", "required": [f"a{i}"], "optional": []})
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": turns}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

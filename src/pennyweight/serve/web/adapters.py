@@ -7,7 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
+from pennyweight.registry import held_out_in
 from pennyweight.serve.api.caller import Asks
+from pennyweight.serve.catalogue import Served
 from pennyweight.serve.records import CheckpointRecord, EventRecord, JobRecord, ModelRecord
 from pennyweight.serve.service import Service
 from pennyweight.serve.web.looks import HEADERS
@@ -67,40 +69,42 @@ def playground(
 
 def _rows(service: Service, owner: str) -> list[dict[str, Any]]:
     """What is served to the key beside the base, the newest first."""
-    found = []
     known: dict[str, Figures] = {}
+    found = []
     for model in reversed(service.catalogue.listed(owner)[1:]):
         record = service.store.get(ModelRecord, model.id, owner)
-        job = None if record is None or record.job_id is None else record.job_id
+        job = None if record is None else record.job_id
         if job is not None and job not in known:
             known[job] = figures_of(
                 service.store.all(EventRecord, {"job_id": job, "kind": "metrics"})
             )
-        figures = known.get(job or "", Figures())
-        step = _checkpoint_step(service, job, model.id)
-        after = figures.after if step is None else dict(figures.held_out).get(step)
-        found.append(
-            {
-                "id": model.id,
-                "created_at": model.created_at,
-                "job": job,
-                "kind": CHECKPOINT
-                if step is not None
-                else "trained here"
-                if job
-                else "from a folder",
-                "before": figures.before,
-                "after": after,
-                "mine": model.owner == owner,
-            }
-        )
+        told = _trained(service, model, known[job], job) if job else _brought(service, model)
+        shared = {"id": model.id, "created_at": model.created_at, "mine": model.owner == owner}
+        found.append({**shared, "job": job, **told})
     return found
 
 
-def _checkpoint_step(service: Service, job: str | None, model: str) -> int | None:
+def _trained(service: Service, model: Served, figures: Figures, job: str) -> dict[str, Any]:
+    """An adapter of a job: its last word, or what it was at a step."""
+    step = _checkpoint_step(service, job, model.id)
+    if step is None:
+        return {"kind": "trained here", "before": figures.before, "after": figures.after}
+    after = dict(figures.held_out).get(step)
+    return {"kind": CHECKPOINT, "before": figures.before, "after": after}
+
+
+def _brought(service: Service, model: Served) -> dict[str, Any]:
+    """An adapter of a folder; its figures where it came with its receipt."""
+    told: dict[str, Any] = {}
+    if model.version is not None:
+        told = held_out_in(service.versions.path(model.version)) or {}
+    losses = (told.get("loss_before"), told.get("loss_after"))
+    before, after = (float(loss) if isinstance(loss, int | float) else None for loss in losses)
+    return {"kind": "from a folder", "before": before, "after": after}
+
+
+def _checkpoint_step(service: Service, job: str, model: str) -> int | None:
     """The step of the checkpoint that this model is, None for a job's last word."""
-    if job is None:
-        return None
     ended = service.store.get(JobRecord, job)
     if ended is not None and ended.fine_tuned_model == model:
         return None
