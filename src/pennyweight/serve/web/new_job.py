@@ -43,7 +43,7 @@ _LABELS = {
 
 @router.get("/jobs/new")
 def new(request: Request, caller: Asks) -> Response:
-    return _page(request, caller.name, chosen="", checked=None, given={"hold_out": "yes"})
+    return _page(request, caller.name, picked=None, checked=None, given={"hold_out": "yes"})
 
 
 @router.get("/example.jsonl")
@@ -64,7 +64,7 @@ async def check(request: Request, caller: Asks) -> Response:
     if request.headers.get("hx-request"):
         return html("checked.html", **_checked(found, file))
     return await run_in_threadpool(
-        _page, request, caller.name, chosen=file.id, checked=found, given=given
+        _page, request, caller.name, picked=file, checked=found, given=given
     )
 
 
@@ -84,9 +84,14 @@ async def start(request: Request, caller: Asks) -> Response:
 
 
 def _page(
-    request: Request, owner: str, *, chosen: str, checked: Look | None, given: Mapping[str, str]
+    request: Request,
+    owner: str,
+    *,
+    picked: FileRecord | None,
+    checked: Look | None,
+    given: Mapping[str, str],
 ) -> Response:
-    """The form, with what was `given` before where a look was asked for without a script."""
+    """The form, with what was picked and given before where a look was asked for without a script."""
     service: Service = request.app.state.service
     defaults = service.settings.jobs
     where = {"owner": owner, "deleted": 0, "purpose": "fine-tune"}
@@ -97,14 +102,15 @@ def _page(
         "max_rank": defaults.max_rank,
         "learning_rate": f"{defaults.learning_rate:g}",
     }
-    file = next((file for file in files if file.id == chosen), None)
-    more = {} if checked is None or file is None else _checked(checked, file)
+    if picked is not None and picked.id not in {file.id for file in files}:
+        files.append(picked)
+    more = {} if checked is None or picked is None else _checked(checked, picked)
     return show(
         request,
         "new.html",
         here="New job",
         files=files,
-        chosen=chosen,
+        chosen="" if picked is None else picked.id,
         defaults=told,
         given=dict.fromkeys((*_LABELS, "hold_out"), "") | dict(given),
         checked=bool(more),
