@@ -57,7 +57,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
     try:
         found = None
-        for _ in range(600):
+        for _ in range(3000):
             found = re.search(r"http://127\.0\.0\.1:\d+", told.read_text())
             if found or server.poll() is not None:
                 break
