@@ -43,6 +43,9 @@ SHAPES = {
     # As Llama 3.2 1B and Llama 3.1 8B are published.
     "1B": LlamaShape(2048, 8192, 16, 32, 8, 128_256, tie_word_embeddings=True),
     "8B": LlamaShape(4096, 14_336, 32, 32, 8, 128_256),
+    # As Llama 2 13B and Llama 3.1 70B are.
+    "13B": LlamaShape(5120, 13_824, 40, 40, 40, 32_000),
+    "70B": LlamaShape(8192, 28_672, 80, 64, 8, 128_256),
     # For a machine without a GPU: what runs is the same, how large it is says nothing.
     "tiny": LlamaShape(128, 352, 2, 4, 2, 4096),
 }

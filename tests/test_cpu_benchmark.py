@@ -55,10 +55,11 @@ def test_our_side_takes_steps(rooms: Any, tmp_path: Path, mode: str) -> None:
     from benchmarks.steps.ours import Ours
 
     cases = rooms.steps.cases
+    case = cases.Case(mode, 64, steps=2)
     model = cases.write_model(rooms.random_llama.LlamaShape(32, 64, 1, 2, 2, 4096), tmp_path)
     side, warmed = Ours(), []
     side.load(model, mode)
-    taken = side.take(cases.rows_of(cases.Case(mode, 64), 4096), "even", 3, warmed.append)
+    taken = side.take(cases.rows_of(case, 4096), case, warmed.append)
     losses = [loss for _, loss in taken]
     assert warmed == [1, 2, 3]
     assert losses[2] < losses[0]

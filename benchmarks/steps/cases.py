@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import random_llama
 from benchmarks.random_llama import LlamaShape
 from pennyweight.data.conversation import Example
 
@@ -21,6 +22,7 @@ SHAPES = {
     "1024x12": LlamaShape(1024, 2816, 12, 16, 8, 16_384),
     # For a trial in seconds; its figures say nothing.
     "quick": LlamaShape(128, 352, 2, 4, 2, 1024),
+    **random_llama.SHAPES,
 }
 RANK, ALPHA = 16, 32
 ADAPTERS = 4
@@ -30,7 +32,9 @@ ADAPTERS = 4
 class Case:
     """`mode`: full, lora, lora16 (weights and products in bf16), qlora (NF4, double quantization) or
     adapters (four at once over NF4). `layout`: `even` documents of equal length, or `ragged` ones of
-    an Alpaca-like spread, `packed` or `padded`. `steps` are timed, after one or more that are not.
+    an Alpaca-like spread, `packed` or `padded`. `steps` are timed, after `warm` that are not.
+    `document`: tokens of an even document, and the most of a ragged one. `recompute`: every layer's
+    activations again in backward.
     """
 
     mode: str
@@ -38,10 +42,8 @@ class Case:
     layout: str = "even"
     steps: int = 3
     warm: int = 1
-
-    @property
-    def name(self) -> str:
-        return f"{self.mode} {self.tokens} {self.layout}"
+    document: int = 512
+    recompute: bool = False
 
     def values(self) -> dict[str, object]:
         return asdict(self)
@@ -99,7 +101,42 @@ def _quick(side: str) -> Iterator[Case]:
         yield Case("qlora", 128, "ragged padded", steps=2)
 
 
-CASES_OF = {"512x8": _small, "1024x12": _large, "quick": _quick}
+def _on_a_gpu(side: str) -> Iterator[Case]:
+    """The lean and the fast way of each; peers recompute as their guides say, and without it where
+    it fits. What fails for want of memory is a row that says so."""
+    modes = ("qlora",) if side == "trl" else ("qlora", "lora16")
+    for mode in modes:
+        for tokens in (4096, 16_384, 32_768):
+            for recompute in (True, False):
+                yield Case(mode, tokens, "even", 10, 3, 2048, recompute)
+    yield Case("qlora", 16_384, "ragged packed", 10, 3, 2048, True)
+    if side == "peft":
+        yield Case("qlora", 16_384, "ragged padded", 10, 3, 2048, True)
+    if side != "trl":
+        yield Case("adapters", 16_384, "even", 10, 3, 2048, True)
+
+
+def _on_a_gpu_lean(side: str) -> Iterator[Case]:
+    yield Case("qlora", 4096, "even", 5, 2, 2048, True)
+    if side == "pennyweight":
+        yield Case("qlora", 2048, "even", 5, 2, 2048, True)
+
+
+def _toy(side: str) -> Iterator[Case]:
+    yield Case("qlora", 128, "even", 2, 1, 64, True)
+    yield Case("lora16", 128, "even", 2, 1, 64)
+
+
+CASES_OF = {
+    "512x8": _small,
+    "1024x12": _large,
+    "quick": _quick,
+    "1B": _on_a_gpu,
+    "8B": _on_a_gpu,
+    "13B": _on_a_gpu_lean,
+    "70B": _on_a_gpu_lean,
+    "tiny": _toy,
+}
 
 
 def rows_of(case: Case, vocab: int, *, seed: int = 0) -> list[Example]:
@@ -114,14 +151,14 @@ def rows_of(case: Case, vocab: int, *, seed: int = 0) -> list[Example]:
 
 
 def _lengths(case: Case, drawn: np.random.Generator) -> list[int]:
-    """Documents of 512 tokens at most; ragged ones of a spread like instruction data's."""
+    """Ragged documents have a spread like instruction data's."""
     if case.mode == "adapters":
         return [case.tokens // ADAPTERS] * ADAPTERS
     if not case.layout.startswith("ragged"):
-        return [min(512, case.tokens)] * max(1, case.tokens // 512)
+        return [min(case.document, case.tokens)] * max(1, case.tokens // case.document)
     found: list[int] = []
     while (left := case.tokens - sum(found)) > 0:
-        length = int(np.clip(drawn.lognormal(4.9, 0.7), 16, 512))
+        length = int(np.clip(drawn.lognormal(4.9, 0.7), 16, case.document))
         found.append(length if left - length >= 16 else left)
     return found
 

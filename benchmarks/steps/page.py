@@ -16,10 +16,11 @@ OURS = "pennyweight"
 EXPLAINED = """\
 Each side runs in processes of its own, in turn; a figure is the median over the processes, ± half
 the distance from the slowest to the fastest. `tokens/s` counts tokens of documents, never padding;
-`trained` those that are predicted in the loss. `floor`: the step's FLOPs (docs/performance.md) over
-the rate of a plain float32 product of the model's size, measured right after the step in the same
-process, as a share of the step's time. `memory`: the process's peak while it steps; `added`: over
-what it held at rest between steps, weights, adapter and optimizer included. `start`: from the
+`trained` those that are predicted in the loss. `floor`: the step's FLOPs (docs/performance.md, none
+for what is recomputed) over the rate of a plain PRODUCT product of the model's size, measured right
+after the step in the same process, as a share of the step's time. `memory`: the peak while it steps,
+of the process or of the GPU's allocations; `added`: over what was held at rest between steps,
+weights, adapter and optimizer included. `start`: from the
 start of the process's imports to the end of the first step, load and quantization included; `load`
 alone beside it. The ratio is to the fastest of the peers in that row."""
 
@@ -28,7 +29,8 @@ def rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """One for each shape, case and side: medians over its processes; a fault where all failed."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in facts["steps"]:
-        key = one["shape"], one["mode"], one["tokens"], one["layout"], one["side"]
+        layout = one["layout"] + (", recomputed" if one.get("recompute") else "")
+        key = one["shape"], one["mode"], one["tokens"], layout, one["side"]
         groups.setdefault(key, []).append(one)
     found = []
     for (shape, mode, tokens, layout, side), results in groups.items():
@@ -69,7 +71,7 @@ def shut(facts: dict[str, Any]) -> list[str]:
 
 
 def written(facts: dict[str, Any]) -> str:
-    lines = ["# Steps on a CPU, beside the peers", ""]
+    lines = [f"# {facts.get('title', 'Steps on a CPU, beside the peers')}", ""]
     if facts["quick"]:
         lines += ["A trial on a toy: its figures say nothing.", ""]
     if facts["gate"]:
@@ -82,20 +84,16 @@ def written(facts: dict[str, Any]) -> str:
     if closed := shut(facts):
         lines += [f"**The gate is shut, so no speed below counts: {'; '.join(closed)}.**", ""]
     if facts["steps"]:
-        lines += [*EXPLAINED.splitlines(), ""]
+        said = EXPLAINED.replace("PRODUCT", facts.get("product", "float32"))
+        lines += [*said.splitlines(), ""]
     found = rows(facts)
     for shape in dict.fromkeys(row["shape"] for row in found):
         lines += [f"## {shape} (hidden size x layers)", "", *_table(found, shape), ""]
     lines += [f"- {note}" for note in [*facts["failed"], *facts["notes"]]]
     lines += [""] if facts["failed"] or facts["notes"] else []
+    maker = facts.get("made_by", "python -m benchmarks cpu")
     return "\n".join(
-        [
-            *lines,
-            in_words(facts["circumstances"]),
-            "",
-            "`python -m benchmarks cpu` makes this page.",
-            "",
-        ]
+        [*lines, in_words(facts["circumstances"]), "", f"`{maker}` makes this page.", ""]
     )
 
 
@@ -116,7 +114,7 @@ def _documents(row: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
-    said = row["layout"] if row["layout"] != "even" else ""
+    said = row["layout"].removeprefix("even").removeprefix(", ")
     cells = [row["mode"], f"{row['tokens']:,} {said}".strip(), row["side"]]
     if "fault" in row:
         return "| " + " | ".join([*cells, row["fault"].replace("|", "/"), *[""] * 9]) + " |"

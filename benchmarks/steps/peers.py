@@ -7,16 +7,18 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from benchmarks.peft_oracle import IGNORED, four_bit_model, padded
-from benchmarks.steps.cases import ADAPTERS, ALPHA, RANK
+from benchmarks.peft_oracle import IGNORED, padded
+from benchmarks.steps.cases import ADAPTERS, ALPHA, RANK, Case
+from benchmarks.steps.side import synchronize
 from pennyweight.data.conversation import Example
 
 __all__ = ["Peft", "Trl"]
@@ -24,18 +26,44 @@ __all__ = ["Peft", "Trl"]
 _LORA: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
 
 
-def _model(folder: Path, mode: str) -> nn.Module:
-    if mode in {"qlora", "adapters"}:
-        return four_bit_model(folder)
-    dtype = torch.bfloat16 if mode == "lora16" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
+def _model(folder: Path, mode: str, device: str, *, hollow: bool) -> nn.Module:
+    """On a GPU everything that is not quantized is bf16, as the peers' guides have it."""
+    wide = torch.float32 if device == "cpu" and mode != "lora16" else torch.bfloat16
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=wide,
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=wide,
+        device_map=device,
+        quantization_config=quantized if mode in {"qlora", "adapters"} else None,
+    )
+    if hollow:
+        _fill_with_noise(loaded)
+    return loaded
+
+
+def _fill_with_noise(model: nn.Module) -> None:
+    """What `random_llama.fill_with_noise` does to our base: codes, scales and weights that are not zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                parameter.data.random_(0, 256)
+                parameter.quant_state.absmax.random_(0, 256)
+                parameter.quant_state.state2.absmax.fill_(0.01)
+                parameter.quant_state.offset.fill_(0.02)
+            elif parameter.ndim > 1:
+                parameter.normal_(0.0, 0.01)
 
 
 class Peft:
     """A plain loop: the model's own loss, clip, fused AdamW, each as a reader of PEFT's examples would."""
 
-    def __init__(self, *, compiled: bool) -> None:
-        self._compiled = compiled
+    def __init__(self, device: str = "cpu", *, compiled: bool = False) -> None:
+        self._device, self._compiled = device, compiled
         self.drop()
 
     def drop(self) -> None:
@@ -43,8 +71,8 @@ class Peft:
         self._run: Any = None
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
-    def load(self, model: Path, mode: str) -> None:
-        loaded = _model(model, mode)
+    def load(self, model: Path, mode: str, *, hollow: bool = False) -> None:
+        loaded = _model(model, mode, self._device, hollow=hollow)
         names = [f"a{i}" for i in range(ADAPTERS)] if mode == "adapters" else ["default"]
         if mode != "full":
             loaded = get_peft_model(loaded, LoraConfig(**_LORA), adapter_name=names[0])
@@ -63,15 +91,22 @@ class Peft:
             )
 
     def take(
-        self, rows: Sequence[Example], layout: str, steps: int, warmed: Callable[[int], None]
+        self, rows: Sequence[Example], case: Case, warmed: Callable[[int], None]
     ) -> list[tuple[float, float]]:
         alone = len(self._optimizers) == 1
         batches = [rows] if alone else [[row] for row in rows]
-        inputs = [_inputs(each, packed="packed" in layout) for each in batches]
+        packed = "packed" in case.layout
+        inputs = [_inputs(each, self._device, packed=packed) for each in batches]
+        if case.recompute:
+            self._model.enable_input_require_grads()
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self._model.gradient_checkpointing_disable()
         taken = []
-        for number in range(1, steps + 1):
+        for number in range(1, case.warm + case.steps + 1):
             began = time.perf_counter()
             losses = list(map(self._step, inputs, self._optimizers))
+            synchronize(self._device)
             taken.append((time.perf_counter() - began, sum(losses) / len(losses)))
             warmed(number)
         return taken
@@ -89,10 +124,10 @@ class Peft:
         return loss.item()
 
 
-def _inputs(rows: Sequence[Example], *, packed: bool) -> dict[str, Tensor]:
+def _inputs(rows: Sequence[Example], device: str, *, packed: bool) -> dict[str, Tensor]:
     """Padded at the right; or in one row, with positions by which transformers keeps documents apart."""
     if not packed:
-        ids, mask, labels = padded(rows)
+        ids, mask, labels = (each.to(device) for each in padded(rows))
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
     ids, labels, positions = [], [], []
     for row in rows:
@@ -102,32 +137,39 @@ def _inputs(rows: Sequence[Example], *, packed: bool) -> dict[str, Tensor]:
         labels.append(label)
         positions.append(torch.arange(len(row.ids))[None])
     return {
-        "input_ids": torch.cat(ids, 1),
-        "labels": torch.cat(labels, 1),
-        "position_ids": torch.cat(positions, 1),
+        "input_ids": torch.cat(ids, 1).to(device),
+        "labels": torch.cat(labels, 1).to(device),
+        "position_ids": torch.cat(positions, 1).to(device),
     }
 
 
 class Trl:
-    """SFTTrainer as it comes, on rows that are tokenized already; a step's time by its own callbacks."""
+    """SFTTrainer as it comes, on rows that are tokenized already; a step's time by its own callbacks.
 
-    def __init__(self) -> None:
+    `liger`: with Liger's kernels, which need a GPU.
+    """
+
+    def __init__(self, device: str = "cpu", *, liger: bool = False) -> None:
+        self._device, self._liger = device, liger
         self.drop()
 
     def drop(self) -> None:
-        self._folder, self._mode = Path(), ""
+        self._model: Callable[[], nn.Module] | None = None
 
-    def load(self, model: Path, mode: str) -> None:
-        self._folder, self._mode = model, mode
+    def load(self, model: Path, mode: str, *, hollow: bool = False) -> None:
+        # The trainer wraps its model, so each case loads its own.
+        self._model = partial(_model, model, mode, self._device, hollow=hollow)
 
     def take(
-        self, rows: Sequence[Example], layout: str, steps: int, warmed: Callable[[int], None]
+        self, rows: Sequence[Example], case: Case, warmed: Callable[[int], None]
     ) -> list[tuple[float, float]]:
         from datasets import Dataset
         from transformers import TrainerCallback
         from trl import SFTConfig, SFTTrainer
 
+        assert self._model is not None
         seconds: list[float] = []
+        steps, device = case.warm + case.steps, self._device
 
         class Clock(TrainerCallback):
             began = 0.0
@@ -136,21 +178,23 @@ class Trl:
                 self.began = time.perf_counter()
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
+                synchronize(device)
                 seconds.append(time.perf_counter() - self.began)
                 warmed(len(seconds))
 
-        packed = "packed" in layout
+        packed = "packed" in case.layout
         tokens = sum(len(row.ids) for row in rows)
         data = Dataset.from_list([_tokenized(row) for row in rows] * steps)
         with tempfile.TemporaryDirectory() as out:
             settings = SFTConfig(
-                output_dir=out, max_length=tokens if packed else 512, packing=packed, use_cpu=True,
-                bf16=False, per_device_train_batch_size=1 if packed else len(rows), max_steps=steps,
-                learning_rate=1e-4, gradient_checkpointing=False, report_to="none",
-                logging_steps=1, save_strategy="no", disable_tqdm=True,
+                output_dir=out, max_length=tokens if packed else case.document, packing=packed,
+                use_cpu=device == "cpu", bf16=device == "cuda", max_steps=steps, learning_rate=1e-4,
+                per_device_train_batch_size=1 if packed else len(rows), logging_steps=1,
+                gradient_checkpointing=case.recompute, use_liger_kernel=self._liger,
+                report_to="none", save_strategy="no", disable_tqdm=True,
             )  # fmt: skip
             trainer = SFTTrainer(
-                model=_model(self._folder, self._mode), args=settings, train_dataset=data,
+                model=self._model(), args=settings, train_dataset=data,
                 peft_config=LoraConfig(**_LORA), callbacks=[Clock()],
             )  # fmt: skip
             trainer.train()

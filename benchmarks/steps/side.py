@@ -25,12 +25,13 @@ __all__ = ["Program", "main"]
 class Program(Protocol):
     """A side's way to hold a model and take steps."""
 
-    def load(self, model: Path, mode: str) -> None: ...
+    def load(self, model: Path, mode: str, *, hollow: bool) -> None: ...
     def drop(self) -> None: ...
     def take(
-        self, rows: Sequence[Any], layout: str, steps: int, warmed: Callable[[int], None]
+        self, rows: Sequence[Any], case: Any, warmed: Callable[[int], None]
     ) -> list[tuple[float, float]]:
-        """Seconds and loss of each of so many steps; `warmed(n)` is called after the n-th."""
+        """Seconds and loss of each of the case's steps, those not timed first; `warmed(n)` is called
+        after the n-th."""
         ...
 
 
@@ -38,8 +39,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps.side")
     for word in ("--side", "--shape", "--model", "--out"):
         parser.add_argument(word, required=True)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--hollow", action="store_true", help="weights without bytes; noise takes their place"
+    )
     asked = parser.parse_args()
-    program = _program(asked.side)
+    program = _program(asked.side, asked.device)
     from benchmarks.steps.cases import cases_of
 
     imported, mode, load_s = time.perf_counter() - BEGAN, "", 0.0
@@ -50,9 +55,9 @@ def main() -> None:
                 program.drop()
                 gc.collect()
                 began = time.perf_counter()
-                program.load(Path(asked.model), case.mode)
+                program.load(Path(asked.model), case.mode, hollow=asked.hollow)
                 mode, load_s = case.mode, time.perf_counter() - began
-            facts |= _measured(program, case, asked.shape) | {
+            facts |= _measured(program, case, asked.shape, asked.device) | {
                 "load_s": load_s,
                 "import_s": imported,
             }
@@ -64,18 +69,19 @@ def main() -> None:
     print(json.dumps({"import_s": imported}))
 
 
-def _program(side: str) -> Program:
+def _program(side: str, device: str) -> Program:
     if side == "pennyweight":
         from benchmarks.steps.ours import Ours
 
-        return Ours()
+        return Ours(device)
     from benchmarks.steps.peers import Peft, Trl
 
-    return Trl() if side == "trl" else Peft(compiled=side.endswith("compiled"))
+    if side.startswith("trl"):
+        return Trl(device, liger=side.endswith("liger"))
+    return Peft(device, compiled=side.endswith("compiled"))
 
 
-def _measured(program: Program, case: Any, shape_name: str) -> dict[str, Any]:
-    from benchmarks.in_turn import peak_bytes
+def _measured(program: Program, case: Any, shape_name: str, device: str) -> dict[str, Any]:
     from benchmarks.steps.cases import SHAPES, flops, rows_of
 
     shape = SHAPES[shape_name]
@@ -86,12 +92,12 @@ def _measured(program: Program, case: Any, shape_name: str) -> dict[str, Any]:
         nonlocal rest
         if number == case.warm:
             gc.collect()
-            rest = _restart_peak()
+            rest = _restart_peak(device)
 
-    taken = program.take(rows, case.layout, case.warm + case.steps, warmed)
-    peak, seconds = peak_bytes(), [each for each, _ in taken[case.warm :]]
+    taken = program.take(rows, case, warmed)
+    peak, seconds = _peak(device), [each for each, _ in taken[case.warm :]]
     tokens = sum(len(row.ids) for row in rows)
-    rate = product_flops(shape.hidden_size, shape.intermediate_size, tokens)
+    rate = product_flops(shape.hidden_size, shape.intermediate_size, tokens, device)
     return {
         "step_s": statistics.median(seconds),
         "steps_s": seconds,
@@ -107,29 +113,54 @@ def _measured(program: Program, case: Any, shape_name: str) -> dict[str, Any]:
     }
 
 
-def product_flops(d_in: int, d_out: int, rows: int) -> float:
-    """FLOP/s of a float32 product `[rows, d_in] @ [d_in, d_out]` here and now: the best of several."""
+def product_flops(d_in: int, d_out: int, rows: int, device: str = "cpu") -> float:
+    """FLOP/s of a product `[rows, d_in] @ [d_in, d_out]` here and now, in float32 on a CPU and in
+    bf16 on a GPU: the best of several."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(shape, generator=generator) for shape in ((rows, d_in), (d_in, d_out)))
-    out, best, until = torch.empty(rows, d_out), float("inf"), time.perf_counter() + 0.3
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    generator = torch.Generator(device).manual_seed(0)
+    x, w = (
+        torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        for shape in ((rows, d_in), (d_in, d_out))
+    )
+    out = torch.empty(rows, d_out, device=device, dtype=dtype)
+    best, until = float("inf"), time.perf_counter() + 0.3
     while time.perf_counter() < until or best == float("inf"):
+        synchronize(device)
         began = time.perf_counter()
         torch.mm(x, w, out=out)
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2.0 * rows * d_in * d_out / best
 
 
-def _restart_peak() -> int:
-    """Begin the high-water mark anew; the resident memory now, in bytes."""
+def synchronize(device: str) -> None:
+    """Wait for what a GPU still does; a CPU has done it."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _restart_peak(device: str) -> int:
+    """Begin the high-water mark anew; what is held now, in bytes: of the device, or resident."""
+    import torch
+
+    from pennyweight.train import restart_peak
+
+    restart_peak(torch.device(device))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return _peak(device)
+
+
+def _peak(device: str) -> int:
     import torch
 
     from benchmarks.in_turn import peak_bytes
-    from pennyweight.train import restart_peak
 
-    restart_peak(torch.device("cpu"))
-    return peak_bytes()
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
 
 
 def _threads() -> int:
