@@ -120,7 +120,7 @@ def _data(asked: argparse.Namespace, found: Found, until: float) -> None:
         found.say("data: trl is not installed; left out")
         return
     few = ["--rows", "500", "--rounds", "1"] if asked.quick else ["--rounds", str(asked.rounds)]
-    words = ["--results", str(asked.results), *few]
+    words = ["--results", str(asked.results), *few, "--seconds", str(MOST_S["data"] - 60)]
     answer = ask("benchmarks.data_preparation", words, timeout_s=MOST_S["data"], answers=False)
     _told(found, "data", answer.fault)
 

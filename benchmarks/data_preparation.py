@@ -44,22 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.side:
         print(json.dumps(_measured(asked)))
         return 0
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
-        shut = gate(folder, asked.tokenizer)
-        print(f"gate: {shut or 'open'}", flush=True)
-        found = {} if shut else _in_turn(asked, folder)
-        few = None if shut else _ask(asked, "ours", folder=folder, rows=asked.rows // 10)
     asked.results.mkdir(parents=True, exist_ok=True)
-    facts = {"rows": asked.rows, "length": LENGTH, "tokenizer": asked.tokenizer or "builtin"}
-    facts |= {"gate": shut, "circumstances": circumstances(PACKAGES)}
-    said = {name: [_values(answer) for answer in answers] for name, answers in found.items()}
-    facts |= {"sides": said, "a_tenth_of_the_rows": few and _values(few)}
-    (asked.results / "data_preparation.json").write_text(json.dumps(facts, indent=1) + "\n")
-    page = _page(facts)
-    (asked.results / "data_preparation.md").write_text(page)
-    print(page)
-    return 1 if shut or any(answer.fault for side in found.values() for answer in side) else 0
+    facts: dict[str, Any] = {
+        "rows": asked.rows,
+        "length": LENGTH,
+        "tokenizer": asked.tokenizer or "builtin",
+        "circumstances": circumstances(PACKAGES),
+        "sides": {name: [] for name in SIDES},
+        "a_tenth_of_the_rows": None,
+        "notes": [],
+    }
+    with tempfile.TemporaryDirectory() as work:
+        facts["gate"] = gate(Path(work), asked.tokenizer)
+        print(f"gate: {facts['gate'] or 'open'}", flush=True)
+        if not facts["gate"]:
+            _in_turn(asked, Path(work), facts)
+    print(_written(asked.results, facts))
+    failed = any(run["fault"] for side in facts["sides"].values() for run in side)
+    return 1 if facts["gate"] or failed else 0
 
 
 def write_rows(folder: Path, count: int, *, seed: int = 0) -> tuple[Path, Path]:
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", default="", help="a folder; default the built-in model's")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds of one process")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of all that is measured")
     for word in ("--side", "--work"):
         parser.add_argument(word, default="", help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=None, help=argparse.SUPPRESS)
@@ -122,15 +125,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _in_turn(asked: argparse.Namespace, folder: Path) -> dict[str, list[Answer]]:
+def _in_turn(asked: argparse.Namespace, folder: Path, facts: dict[str, Any]) -> None:
+    until, took = time.monotonic() + asked.seconds, dict.fromkeys(SIDES, 0.0)
     write_rows(folder, asked.rows)
-    found: dict[str, list[Answer]] = {name: [] for name in SIDES}
+    few = _ask(asked, "ours", folder=folder, rows=asked.rows // 10)
+    facts["a_tenth_of_the_rows"] = _values(few)
     for name in turns(list(SIDES), asked.rounds):
+        if until - time.monotonic() < 1.1 * took[name]:
+            facts["notes"].append(f"no time for one more process of {name}")
+            continue
         answer = _ask(asked, *SIDES[name], folder=folder, rows=asked.rows)
-        found[name].append(answer)
+        took[name] = answer.seconds
+        facts["sides"][name].append(_values(answer))
         said = answer.fault or f"{answer.said['seconds']:.2f} s, {answer.peak_bytes / 1e6:,.0f} MB"
         print(f"{name:18} {said}", flush=True)
-    return found
+        _written(asked.results, facts)
+
+
+def _written(folder: Path, facts: dict[str, Any]) -> str:
+    (folder / "data_preparation.json").write_text(json.dumps(facts, indent=1) + "\n")
+    page = _page(facts)
+    (folder / "data_preparation.md").write_text(page)
+    return page
 
 
 def _ask(asked: argparse.Namespace, side: str, *words: str, folder: Path, rows: int) -> Answer:
@@ -255,6 +271,7 @@ def _page(facts: dict[str, Any]) -> str:
         lines += [f"The gate is shut, so nothing was measured: {facts['gate']}", ""]
     else:
         lines += _table(facts)
+    lines += [f"- {note}" for note in facts["notes"]] + [""] * bool(facts["notes"])
     return "\n".join([*lines, in_words(facts["circumstances"]), ""])
 
 

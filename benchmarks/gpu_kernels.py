@@ -53,9 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked.results.mkdir(parents=True, exist_ok=True)
     path = asked.results / "gpu-kernels.md"
     with path.open("a") as page:
-        page.write(f"\n{in_words(circumstances(PACKAGES))}\n\n| what | weight | us | |\n|---|---|---:|---|\n")
+        page.write(
+            f"\n{in_words(circumstances(PACKAGES))}\n\n| what | weight | us | |\n|---|---|---:|---|\n"
+        )
         for shape in TOY if asked.tiny else SHAPES:
-            for what, seconds, said in rows(shape, asked.device, tokens=64 if asked.tiny else TOKENS):
+            for what, seconds, said in rows(
+                shape, asked.device, tokens=64 if asked.tiny else TOKENS
+            ):
                 line = f"| {what} | {shape[0]:,} x {shape[1]:,} | {seconds * 1e6:,.1f} | {said} |\n"
                 print(line, end="", flush=True)
                 page.write(line)
@@ -85,7 +89,11 @@ def rows(shape: tuple[int, int], device: str, *, tokens: int) -> Iterator[tuple[
     x = drawn(tokens, shape[1])
     y = torch.empty(tokens, shape[0], device=device, dtype=dtype)
     plain = best(lambda: torch.mm(x, weight.T, out=y), device)
-    yield "product, weight dense", plain, f"{2 * tokens * weight.numel() / plain / 1e12:.2f} TFLOP/s"
+    yield (
+        "product, weight dense",
+        plain,
+        f"{2 * tokens * weight.numel() / plain / 1e12:.2f} TFLOP/s",
+    )
     whole = best(lambda: torch.mm(x, dequantize_4bit(q, out=out).T, out=y), device)
     yield "product, dequantized whole", whole, f"{whole / plain - 1:+.1%} on the dense one"
     parted = best(lambda: _in_parts(q, x, other, y), device)

@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2: no GPU is here, nothing was done; 1: a process failed."""
     asked = _parser().parse_args(arguments)
     if asked.device == "cpu" and not asked.tiny:
-        print("gpu_steps: on a CPU only --tiny: the shapes of a GPU would take hours", file=sys.stderr)
+        print(
+            "gpu_steps: on a CPU only --tiny: the shapes of a GPU would take hours", file=sys.stderr
+        )
         return 2
     if asked.device == "cuda":
         import torch

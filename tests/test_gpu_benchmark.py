@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import gpu
+from benchmarks import gpu, gpu_kernels, gpu_steps
 from benchmarks.random_llama import SHAPES, fill_with_noise, write_hollow
 
 from pennyweight.config import BaseConfig
@@ -100,3 +100,33 @@ def test_the_matrix_is_predicted_without_a_gpu(capsys: pytest.CaptureFixture[str
     (plain, recompute) = capsys.readouterr().out.splitlines()
     assert plain.endswith(" GB")
     assert float(recompute.split()[-2]) < float(plain.split()[-2]) < 40
+
+
+def test_kernels_are_timed_beside_their_floors(tmp_path: Path) -> None:
+    assert gpu_kernels.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 0
+    rows = [
+        line.split(" | ")
+        for line in (tmp_path / "gpu-kernels.md").read_text().splitlines()
+        if " x " in line
+    ]
+    assert len(rows) == 14
+    assert all(float(row[2].replace(",", "")) > 0 for row in rows)
+
+
+def test_steps_on_a_toy_become_a_page(tmp_path: Path) -> None:
+    """Our side alone, whose process takes the words a GPU's would; the peer where it is installed."""
+    words = ["--device", "cpu", "--tiny", "--results", str(tmp_path)]
+    assert gpu_steps.main(words) == 0
+    page = (tmp_path / "gpu-steps.md").read_text()
+    assert "| qlora | 128 recomputed | pennyweight |" in page
+    assert "| lora16 | 128 | pennyweight |" in page
+    assert gpu_steps.main([*words, "--deadline", "1"]) == 0
+    assert "no time left" in (tmp_path / "gpu-steps.md").read_text()
+
+
+@no_gpu
+def test_without_a_gpu_no_step_and_no_kernel_is_timed(tmp_path: Path) -> None:
+    assert gpu_steps.main(["--results", str(tmp_path)]) == 2
+    assert gpu_kernels.main(["--results", str(tmp_path)]) == 2
+    assert gpu_steps.main(["--device", "cpu", "--results", str(tmp_path)]) == 2
+    assert not list(tmp_path.iterdir())

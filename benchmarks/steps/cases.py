@@ -57,29 +57,24 @@ def cases_of(side: str, shape: str) -> list[Case]:
 def _small(side: str) -> Iterator[Case]:
     if side == "trl":
         for mode in ("qlora", "lora"):
-            yield Case(mode, 2048)
-        yield Case("qlora", 2048, "ragged packed")
+            yield Case(mode, 2048, steps=1)
+        yield Case("qlora", 2048, "ragged packed", steps=1)
         return
     if side == "peft compiled":
         for mode in ("qlora", "lora"):
             yield Case(mode, 256, steps=6, warm=2)
-        yield Case("qlora", 2048, warm=2, steps=2)
         return
     for mode in ("qlora", "lora", "full"):
-        yield Case(mode, 64, steps=12, warm=3)
-        yield Case(mode, 256, steps=6, warm=2)
-        yield Case(mode, 2048, steps=2)
+        yield Case(mode, 64, steps=10, warm=3)
+        yield Case(mode, 256, steps=5, warm=2)
+        yield Case(mode, 2048, steps=1)
         if mode == "qlora":
-            yield from _ragged(side)
-    yield Case("lora16", 64, steps=4)
-    yield Case("lora16", 256, steps=2)
-    yield Case("adapters", 256, steps=6, warm=2)
-
-
-def _ragged(side: str) -> Iterator[Case]:
-    yield Case("qlora", 2048, "ragged packed", steps=2)
-    if side != "pennyweight":  # which pads nothing
-        yield Case("qlora", 2048, "ragged padded", steps=2)
+            yield Case("qlora", 2048, "ragged packed", steps=1)
+            if side != "pennyweight":  # which pads nothing
+                yield Case("qlora", 2048, "ragged padded", steps=1)
+    yield Case("adapters", 256, steps=5, warm=2)
+    yield Case("lora16", 64, steps=3)
+    yield Case("lora16", 256, steps=1)
 
 
 def _large(side: str) -> Iterator[Case]:

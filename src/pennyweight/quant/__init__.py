@@ -7,6 +7,7 @@ from pennyweight.quant.blockwise import (
     Quantized4Bit,
     block_scales,
     dequantize_4bit,
+    dequantize_4bit_part,
     quantize_4bit,
     storage_bytes,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "QuantizedLinear",
     "block_scales",
     "dequantize_4bit",
+    "dequantize_4bit_part",
     "dequantize_8bit",
     "from_bitsandbytes",
     "quantize_4bit",

@@ -26,7 +26,11 @@ from pennyweight.quant.formats import (
     thresholds,
 )
 from pennyweight.quant.intake import chunks, refuse_nonfinite, refuse_unfit
-from pennyweight.quant.kernels import cpu, dequantize_4bit_kernel
+from pennyweight.quant.kernels import (
+    cpu,
+    dequantize_4bit_kernel,
+    dequantize_4bit_part_kernel,
+)
 from pennyweight.quant.rowwise import Quantized8Bit, dequantize_8bit, quantize_8bit
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "Quantized8Bit",
     "block_scales",
     "dequantize_4bit",
+    "dequantize_4bit_part",
     "dequantize_8bit",
     "fill_in_torch",
     "nest_in_torch",
@@ -195,6 +200,27 @@ def dequantize_4bit(
         fill = dequantize_4bit_kernel(out) or fill_in_torch
         fill(q, out)
     return out
+
+
+def dequantize_4bit_part(
+    q: Quantized4Bit, out: Float[Tensor, "rows columns"], *, row: int = 0, column: int = 0
+) -> None:
+    """Write the rectangle of a dequantized `[d_out, d_in]` weight that begins at `row`, `column` into
+    `out`, whose rows may be part of wider ones.
+
+    `column`, the columns of `out` and `d_in` are multiples of the block size. Where no kernel serves
+    the whole weight is dequantized on the way.
+    """
+    rows, columns = out.shape
+    d_out, d_in = q.shape
+    assert all(n % q.block_size == 0 for n in (d_in, column, columns)), (d_in, column, columns)
+    assert row + rows <= d_out
+    assert column + columns <= d_in
+    if (fill := dequantize_4bit_part_kernel(out)) is not None:
+        fill(q, out, row=row, column=column)
+    else:
+        whole = dequantize_4bit(q, out.dtype)
+        out.copy_(whole[row : row + rows, column : column + columns])
 
 
 def fill_in_torch(q: Quantized4Bit, out: Float[Tensor, "*shape"]) -> None:

@@ -24,17 +24,28 @@ from pennyweight.quant.kernels.cpu.library import SWITCH
 if TYPE_CHECKING:
     from pennyweight.quant.blockwise import Quantized4Bit
 
-__all__ = ["dequantize_4bit_kernel", "why_pure_torch"]
+__all__ = ["dequantize_4bit_kernel", "dequantize_4bit_part_kernel", "why_pure_torch"]
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dequantize_4bit_kernel(out: Tensor) -> Callable[[Quantized4Bit, Tensor], None] | None:
     """What fills such an `out` with a dequantized weight in one launch; None for pure torch."""
+    module = _serving(out)
+    return None if module is None else module.fill
+
+
+def dequantize_4bit_part_kernel(out: Tensor) -> Callable[..., None] | None:
+    """What fills such an `out` with a part of a dequantized weight; None for pure torch."""
+    module = _serving(out)
+    return None if module is None else module.fill_part
+
+
+def _serving(out: Tensor) -> Any:
     if out.device.type != "cuda" or out.dtype not in _DTYPES or _switched_off():
         return None
     module = _tried(out.device, out.dtype)
-    return None if isinstance(module, str) else module.fill
+    return None if isinstance(module, str) else module
 
 
 def why_pure_torch(device: torch.device) -> str:
