@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import gpu, gpu_kernels, gpu_steps
+from benchmarks.in_turn import Answer
 from benchmarks.random_llama import SHAPES, fill_with_noise, write_hollow
+from benchmarks.steps import side
 
 from pennyweight.config import BaseConfig
 from pennyweight.model import load_base
@@ -113,13 +116,22 @@ def test_kernels_are_timed_beside_their_floors(tmp_path: Path) -> None:
     assert all(float(row[2].replace(",", "")) > 0 for row in rows)
 
 
-def test_steps_on_a_toy_become_a_page(tmp_path: Path) -> None:
-    """Our side alone, whose process takes the words a GPU's would; the peer where it is installed."""
+def test_steps_on_a_toy_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our side alone, in this process in place of one of its own, with the words a GPU's would get."""
+
+    def here(module: str, words: Sequence[str], *, timeout_s: float) -> Answer:
+        assert module == side.__name__
+        side.main(words)
+        return Answer({}, 0, 1.0)
+
+    monkeypatch.setattr(gpu_steps, "ask", here)
+    monkeypatch.setattr(gpu_steps, "TOY", gpu_steps.TOY[:1])
     words = ["--device", "cpu", "--tiny", "--results", str(tmp_path)]
     assert gpu_steps.main(words) == 0
     page = (tmp_path / "gpu-steps.md").read_text()
     assert "| qlora | 128 recomputed | pennyweight |" in page
     assert "| lora16 | 128 | pennyweight |" in page
+    assert "Error" not in page
     assert gpu_steps.main([*words, "--deadline", "1"]) == 0
     assert "no time left" in (tmp_path / "gpu-steps.md").read_text()
 

@@ -35,7 +35,7 @@ class Program(Protocol):
         ...
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps.side")
     for word in ("--side", "--shape", "--model", "--out"):
         parser.add_argument(word, required=True)
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--hollow", action="store_true", help="weights without bytes; noise takes their place"
     )
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     program = _program(asked.side, asked.device)
     from benchmarks.steps.cases import cases_of
 

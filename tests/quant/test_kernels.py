@@ -87,13 +87,14 @@ def test_a_kernel_that_fails_its_trial_is_told_once_and_not_used(
     assert why in why_pure_torch(CUDA)
 
 
+@pytest.mark.parametrize("part", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_code_moves_16_bytes_at_once_rounds_twice_and_counts_in_64_bits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, part: bool
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install -e .[kernels-test]")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = compile_for(capability)
+    compiled = compile_for(capability, part=part)
     code = compiled.asm["ptx"]
     assert code.count("st.global.v4.b32") == 1
     assert "st.global.b16" not in code
@@ -105,8 +106,9 @@ def test_code_moves_16_bytes_at_once_rounds_twice_and_counts_in_64_bits(
     assert set(starts) == {"i64"}
 
 
-def compile_for(capability: int) -> Any:
-    """The kernel as it is launched for blocks of 64, nested scales and bfloat16."""
+def compile_for(capability: int, *, part: bool) -> Any:
+    """The kernel as it is launched for blocks of 64, nested scales and bfloat16; for a whole weight,
+    or for a part in a buffer whose rows are a multiple of 16 long."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -115,15 +117,17 @@ def compile_for(capability: int) -> Any:
 
     pointers = {"codes": "*u8", "levels": "*fp32", "scales": "*u8", "dynamic": "*fp32"}
     pointers |= {"group_scales": "*fp32", "offset": "*fp32", "out": "*bf16"}
-    constants = {"BLOCK": 64, "ROWS": module._TILE_BYTES // 128, "GROUP": 256}
+    constants = {"BLOCK": 64, "ROWS": module._TILE_BYTES // 128, "GROUP": 256, "PART": part}
+    integers = ("count", "packed", "across", "total", "offset_blocks", "stride")
     signature = {
         **pointers,
-        "count": "i32",
-        "packed": "i32",
+        **dict.fromkeys(integers, "i32"),
         **dict.fromkeys(constants, "constexpr"),
     }
     # Every argument is a multiple of 16, as for any weight whose sides are.
-    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers) + 2)}
+    first = len(pointers)
+    sized = [*range(first + 2), first + integers.index("stride")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in sized}
     return triton.compile(
         ASTSource(module._dequantize, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
