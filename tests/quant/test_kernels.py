@@ -101,6 +101,9 @@ def test_code_moves_16_bytes_at_once_rounds_twice_and_counts_in_64_bits(
     assert "cvt.rn.bf16x2.f32" in code
     # A fused multiply-add would round a nested scale once where pure torch rounds twice.
     assert "fma.rn.f32" not in code
+    if part:  # whose blocks do not lie side by side: each has an address of its own
+        assert "muli" in compiled.asm["ttir"]
+        return
     starts = re.findall(r"tt\.addptr %\w+, %\w+ : !tt\.ptr<\w+>, (\w+)", compiled.asm["ttir"])
     assert starts
     assert set(starts) == {"i64"}

@@ -148,32 +148,33 @@ def _dequantize(
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     held = row * BLOCK < count - first * BLOCK
-    # Of a part, block i stands in its row i // across; in the weight rows are `total` blocks long.
-    block = first + row
+    within, half = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK // 2)[None, :]
+    byte, index = row[:, None] * (BLOCK // 2) + half, row[:, None] * BLOCK + within
+    start = first * (BLOCK // 2)
     if PART:
-        block = offset_blocks + (block // across) * total + block % across
-    scale = tl.load(scales + block, mask=held)
+        # Block i stands in row i // across of the part; rows of the weight are `total` blocks long.
+        number = first + row
+        block = offset_blocks + (number // across) * total + number % across
+        begins = (number // across) * stride + (number % across) * BLOCK
+        scale_at, group_at = scales + block, group_scales + block // GROUP if GROUP else None
+        code_at, out_at = (
+            codes + block[:, None] * (BLOCK // 2) + half,
+            out + begins[:, None] + within,
+        )
+    else:
+        scale_at = scales + first + row
+        group_at = group_scales + (first + row) // GROUP if GROUP else None
+        code_at, out_at = codes + start + byte, out + first * BLOCK + index
+    scale = tl.load(scale_at, mask=held)
     if GROUP:
-        group_scale = tl.load(group_scales + block // GROUP, mask=held)
+        group_scale = tl.load(group_at, mask=held)
         scale = tl.load(dynamic + scale.to(tl.int32)) * group_scale + tl.load(offset)
 
     # The masks compare with `packed` and `count` apart, not with twice or half of one of them: so
     # the compiler sees that 16 neighbours are all in or all out, and moves them at once.
-    start = first * (BLOCK // 2)
-    within = tl.arange(0, BLOCK // 2)[None, :]
-    byte = row[:, None] * (BLOCK // 2) + within
-    place = block[:, None] * (BLOCK // 2) + within if PART else start + byte
-    pair = tl.load(codes + place, mask=byte < packed - start).to(tl.int32)
+    pair = tl.load(code_at, mask=byte < packed - start).to(tl.int32)
     high = tl.load(levels + (pair >> 4)) * scale[:, None]
     low = tl.load(levels + (pair & 15)) * scale[:, None]
 
     value = tl.interleave(high, low).to(out.dtype.element_ty)
-    start = first * BLOCK
-    within = tl.arange(0, BLOCK)[None, :]
-    index = row[:, None] * BLOCK + within
-    place = start + index
-    if PART:
-        number = first + row
-        begins = (number // across) * stride + (number % across) * BLOCK
-        place = begins[:, None] + within
-    tl.store(out + place, value, mask=index < count - start)
+    tl.store(out_at, value, mask=index < count - first * BLOCK)
