@@ -156,19 +156,19 @@ def _dequantize(
         number = first + row
         block = offset_blocks + (number // across) * total + number % across
         begins = (number // across) * stride + (number % across) * BLOCK
-        scale_at, group_at = scales + block, group_scales + block // GROUP if GROUP else None
+        scale_at = scales + block
         code_at, out_at = (
             codes + block[:, None] * (BLOCK // 2) + half,
             out + begins[:, None] + within,
         )
     else:
         scale_at = scales + first + row
-        group_at = group_scales + (first + row) // GROUP if GROUP else None
         code_at, out_at = codes + start + byte, out + first * BLOCK + index
     scale = tl.load(scale_at, mask=held)
     if GROUP:
-        group_scale = tl.load(group_at, mask=held)
-        scale = tl.load(dynamic + scale.to(tl.int32)) * group_scale + tl.load(offset)
+        group = (block if PART else first + row) // GROUP
+        scale = tl.load(dynamic + scale.to(tl.int32)) * tl.load(group_scales + group, mask=held)
+        scale += tl.load(offset)
 
     # The masks compare with `packed` and `count` apart, not with twice or half of one of them: so
     # the compiler sees that 16 neighbours are all in or all out, and moves them at once.
