@@ -68,7 +68,7 @@ class ChatLimits(_Frozen):
     """Memory for the keys and values of answers; what does not fit waits. None: as `rows` need."""
 
     dense_weights: bool = False
-    """Hold a quantized base dequantized as well, so that answers dequantize nothing: on a GPU with memory to spare. A CPU multiplies straight from the codes, and faster."""
+    """Hold a quantized base dequantized as well, so that answers dequantize nothing: on a GPU with memory to spare. A CPU multiplies straight from the codes as fast."""
 
     control_tokens: Literal["refuse", "allow"] = "refuse"
     """What happens to a message whose text holds one of the tokenizer's control tokens, such as `<|im_end|>`, which could pass for the end of a turn."""
