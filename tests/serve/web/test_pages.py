@@ -163,6 +163,9 @@ def test_the_cookie_is_for_this_site_alone(service: Any, client_of: Callable[...
     assert cookie.startswith(COOKIE)
     assert {"httponly", "samesite=strict", "path=/"} <= {part.strip() for part in cookie.split(";")}
     assert KEYS["alice"] not in cookie
+    onwards = {"key": KEYS["alice"], "next": "/usage?days=7"}
+    answer = browser.post("/login", data=onwards, headers=BROWSER, follow_redirects=False)
+    assert answer.headers["location"] == "/usage?days=7"
     browser.post("/logout", headers=BROWSER)
     assert browser.get("/", headers={"accept": "text/html"}).status_code == 401
 

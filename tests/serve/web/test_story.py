@@ -170,7 +170,8 @@ def test_rows_that_cannot_be_trained_are_told_by_their_line(
     page.goto(f"{address}/jobs/new")
     page.get_by_label("Key").fill(KEY)
     page.keyboard.press("Enter")
-    page.goto(f"{address}/jobs/new")
+    # Who signs in goes on to what was asked for.
+    page.get_by_role("heading", name="New job", exact=True).wait_for()
     page.get_by_label("Choose a file").set_input_files(path)
     page.get_by_role("button", name="Look at rows and memory").click()
     page.get_by_role("alert").wait_for()

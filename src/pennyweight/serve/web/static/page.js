@@ -197,6 +197,11 @@ function local(time) {
   time.textContent = new Intl.DateTimeFormat(undefined, part).format(at);
 }
 
+// The door stands at whatever was asked for; who has signed in goes on there.
+function onwards(field) {
+  if (location.pathname !== "/login") field.value = location.pathname + location.search;
+}
+
 function begin(root) {
   const each = (choice, act) => {
     if (root.matches?.(choice)) act(root);
@@ -204,6 +209,7 @@ function begin(root) {
   };
   each("[data-curve]", follow);
   each("time[data-time]", local);
+  each("input[name=next]", onwards);
   each("form[data-playground]", playground);
   each(".drop", droppable);
   each("form[data-new]", chosen);
