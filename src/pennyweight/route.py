@@ -10,7 +10,7 @@ callers of a pass set it (`with route.over(...)`). Tokens always travel as one f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,7 +54,8 @@ class Route:
     `adapters`: for each document the adapter it reads, or None for the bare base.
     `cache`: keys and values of earlier tokens while generating, else None.
     `backend`: how attention keeps documents apart (`BaseConfig.attention`); set once at load.
-    `dropout_seed`: what adapter dropout is drawn from, or None for no dropout.
+    `dropout_seed`: what adapter dropout is drawn from, by adapter where several train in one pass,
+    or None for no dropout.
     `recomputing`: a layer is computed again for backward alone, and its output has no reader.
     """
 
@@ -63,7 +64,7 @@ class Route:
         self.boundaries: tuple[int, ...] = ()
         self.adapters: tuple[str | None, ...] = ()
         self.cache: KVCache | None = None
-        self.dropout_seed: int | None = None
+        self.dropout_seed: int | Mapping[str, int] | None = None
         self._names: tuple[str, ...] = ()
         # What `mixture` found for the pass under way, in a list so that None is an answer too.
         self._mixture: list[Mixture | None] = []
@@ -76,7 +77,7 @@ class Route:
         adapters: Sequence[str | None],
         *,
         cache: KVCache | None = None,
-        dropout_seed: int | None = None,
+        dropout_seed: int | Mapping[str, int] | None = None,
     ) -> Iterator[None]:
         """Set the route for one pass, its backward included (recomputation reads it again)."""
         assert len(adapters) == len(boundaries) - 1, "one adapter for each document"
@@ -87,6 +88,12 @@ class Route:
             yield
         finally:
             self.boundaries, self.adapters, self.cache, self.dropout_seed, self._mixture = before
+
+    def dropout_seed_of(self, adapter: str) -> int | None:
+        """What this adapter's dropout is drawn from: nothing that another adapter could change."""
+        if isinstance(self.dropout_seed, Mapping):
+            return self.dropout_seed.get(adapter)
+        return self.dropout_seed
 
     def segments(self) -> tuple[tuple[str | None, int, int], ...]:
         """Runs of neighbouring documents that read the same adapter: `(adapter, start, stop)`.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pennyweight.data.conversation import Example
 
-__all__ = ["Batch", "collate", "efficiency", "order", "parts"]
+__all__ = ["Batch", "collate", "efficiency", "joined", "order", "parts"]
 
 _WINDOW_DOCUMENTS = 4096  # packed together; large enough that best fit wastes under 1 %
 
@@ -99,6 +99,21 @@ def _documents(batch: Batch, first: int, last: int) -> Batch:
         boundaries=tuple(offset - start for offset in batch.boundaries[first : last + 1]),
         adapters=batch.adapters[first:last],
         sources=batch.sources[first:last],
+    )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches back to back as one; every document keeps its adapter and its own positions."""
+    boundaries = [0]
+    for batch in batches:
+        boundaries += [boundaries[-1] + offset for offset in batch.boundaries[1:]]
+    return Batch(
+        ids=torch.cat([batch.ids for batch in batches]),
+        trained=torch.cat([batch.trained for batch in batches]),
+        positions=torch.cat([batch.positions for batch in batches]),
+        boundaries=tuple(boundaries),
+        adapters=tuple(name for batch in batches for name in batch.adapters),
+        sources=tuple(source for batch in batches for source in batch.sources),
     )
 
 

@@ -25,7 +25,7 @@ from pennyweight.finetune.seen import Seen, look
 from pennyweight.model import BaseModel, load_base, load_tokenizer, stop_ids
 from pennyweight.plan import FIRST_USE_BYTES, named_device, plan, resident_bytes
 from pennyweight.runs import RunFolder
-from pennyweight.train import RunLock, Step, StopRequest, pieces, restart_peak, tidy
+from pennyweight.train import Due, RunLock, Step, StopRequest, pieces, restart_peak, tidy
 
 __all__ = [
     "AGAIN",
@@ -68,6 +68,7 @@ def underway(
     origin: Mapping[str, str] | None = None,
     text: str | None = None,
     stop: StopRequest | None = None,
+    ahead: bool = False,
 ) -> Beats[RunResult]:
     """`finetune` beat by beat; between two beats the model is nobody's.
 
@@ -76,8 +77,9 @@ def underway(
     would alone, to the bit. ConfigError where the base is not the one described, or the run would
     train it whole. `data`: what `prepared` gave. `stop.ask(why)` saves, then raises Interrupted.
     Closing the generator leaves the last checkpoint, takes the adapter off and lets the folder go.
+    `ahead`: a beat `due` comes before each micro-batch, for `forward_backward_together`.
     """
-    return timed(_way(config, base, name, data, origin, text, stop or StopRequest()))
+    return timed(_way(config, base, name, data, origin, text, stop or StopRequest(), ahead))
 
 
 def prepared(config: RunConfig) -> Prepared:
@@ -103,6 +105,7 @@ def _way(
     origin: Mapping[str, str] | None,
     text: str | None,
     stop: StopRequest,
+    ahead: bool,
 ) -> Beats[RunResult]:
     began = time.perf_counter()
     origin = origin or origins(config)
@@ -159,7 +162,11 @@ def _way(
                 total_steps=run.total_steps,
                 accumulation=config.train.gradient_accumulation_steps,
                 stop=lambda: stop() or run.stopped_early,
+                ahead=ahead,
             ):
+                if isinstance(piece, Due):
+                    yield Beat("due", due=piece)
+                    continue
                 if not isinstance(piece, Step):
                     yield Beat("micro_batch", piece.tokens, piece.trained_tokens)
                     continue

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from pennyweight.train import Step, StopRequest
+from pennyweight.train import Due, Step, StopRequest
 
 __all__ = ["Beat", "Beats", "at_once", "outcome", "timed"]
 
@@ -22,6 +22,7 @@ T = TypeVar("T")
 class Beat:
     """A piece of work just done.
 
+    `due`, where it is asked for: the micro-batch that comes next, which may share a pass.
     `prepared`: base and data are here, then each trial of the rehearsal. `evaluated`: a batch of
     held-out rows, and one beat more without tokens for the whole evaluation, with its `loss`.
     `micro_batch`: forward and backward. `stepped`: the optimizer's, told and logged. `saved`: a
@@ -29,12 +30,13 @@ class Beat:
     step; on a GPU `seconds` is the time to hand the work over, up to the next figure read back.
     """
 
-    kind: Literal["prepared", "evaluated", "micro_batch", "stepped", "saved"]
+    kind: Literal["prepared", "evaluated", "due", "micro_batch", "stepped", "saved"]
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
     step: Step | None = None
     loss: float | None = None
+    due: Due | None = None
 
 
 Beats = Generator[Beat, None, T]

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 from torch import nn
 
-from pennyweight.config import RunConfig, TrainConfig
+from pennyweight.config import RunConfig
 from pennyweight.data.batch import order
 from pennyweight.errors import ConfigError
 from pennyweight.lora import attach, trained_parameters
 from pennyweight.model import BaseModel
-from pennyweight.optim import adamw, lr_at
 from pennyweight.plan import Plan
-from pennyweight.train import Trainee
+from pennyweight.train import Trainee, learner, warmup_steps
 
 __all__ = [
     "budget_tokens",
@@ -83,13 +82,6 @@ def what_learns(
     return {name: p for name, p in base.module.named_parameters() if p.requires_grad}
 
 
-def warmup_steps(train: TrainConfig, total_steps: int) -> int:
-    """Steps of linear warm-up: as many as given, else a share of all."""
-    if train.warmup_steps is not None:
-        return train.warmup_steps
-    return round(train.warmup_ratio * total_steps)
-
-
 def trainee(
     base: BaseModel,
     config: RunConfig,
@@ -98,32 +90,14 @@ def trainee(
     predicted: Plan | None = None,
 ) -> Trainee:
     """These parameters with the optimizer, schedule and clip norm that `config`, resolved, describes."""
-    train = config.train
-    assert train.learning_rate is not None, "resolve() fills it"
-    warmup = warmup_steps(train, total_steps)
-    peak, kind, floor = train.learning_rate, train.lr_scheduler_type, train.min_lr_ratio
-    return Trainee(
+    return learner(
         base,
         parameters,
-        adamw(
-            parameters,
-            weight_decay=train.weight_decay,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon,
-            loraplus_lr_ratio=config.adapter.loraplus_lr_ratio,
-            kind=train.optim,
-            resident_bytes=0 if predicted is not None and predicted.optimizer_on_host else None,
-        ),
-        learning_rate_at=lambda step: lr_at(
-            step,
-            peak=peak,
-            total_steps=total_steps,
-            warmup_steps=warmup,
-            kind=kind,
-            min_ratio=floor,
-        ),
-        max_grad_norm=train.max_grad_norm,
+        config.train,
+        total_steps=total_steps,
         seed=config.seed,
+        loraplus_lr_ratio=config.adapter.loraplus_lr_ratio,
+        resident_bytes=0 if predicted is not None and predicted.optimizer_on_host else None,
         recompute="none" if predicted is None else predicted.recompute,
         recomputed_layers=None if predicted is None else predicted.recomputed_layers,
     )

@@ -1,6 +1,7 @@
 """Low-rank adapters: the formula, the layer, the value, and their place beside a base."""
 
 from pennyweight.lora.adapter import Adapter, content_hash
+from pennyweight.lora.bank import AdapterBank
 from pennyweight.lora.binding import (
     adapter_of,
     attach,
@@ -9,6 +10,7 @@ from pennyweight.lora.binding import (
     described,
     detach,
     is_attached,
+    parameters_of,
     trained_parameters,
 )
 from pennyweight.lora.fit import check_fit
@@ -17,6 +19,7 @@ from pennyweight.lora.uniform import uniform
 
 __all__ = [
     "Adapter",
+    "AdapterBank",
     "LoraLinear",
     "adapter_of",
     "attach",
@@ -28,6 +31,7 @@ __all__ = [
     "detach",
     "is_attached",
     "lora_delta",
+    "parameters_of",
     "trained_parameters",
     "uniform",
 ]

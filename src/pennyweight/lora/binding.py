@@ -36,6 +36,7 @@ __all__ = [
     "described",
     "detach",
     "is_attached",
+    "parameters_of",
     "trained_parameters",
 ]
 
@@ -156,6 +157,21 @@ def trained_parameters(base: Resident, name: str) -> dict[str, nn.Parameter]:
                     seen.add(id(parameter))
                     found[f"{path}.{leaf}"] = parameter
     return found
+
+
+def parameters_of(base: Resident, config: LoraConfig) -> int:
+    """Numbers that an adapter of this configuration trains, counted before any is made."""
+    modules = linear_modules(base.module)
+    shapes = {
+        path: shape_of(modules[path])
+        for path in targets(modules, config.target_modules, head=head_path(base))
+    }
+    count = sum(rank_of(path, config) * sum(shape) for path, shape in shapes.items())
+    copied: dict[int, int] = {}
+    for path in _copied_paths(base, config):
+        weight = cast(Tensor, plain(base.module.get_submodule(path)).weight)
+        copied[weight.data_ptr()] = weight.numel()
+    return count + sum(copied.values())
 
 
 def _fresh(base: Resident, config: LoraConfig, seed: int) -> Adapter:

@@ -233,9 +233,9 @@ class LoraLinear(AdaptedModule):
                 continue
             factors = self.of(name)
             assert isinstance(factors, LoraFactors)
-            seed = None
-            if factors.dropout and self.route.dropout_seed is not None:
-                seed = stable_seed(self.route.dropout_seed, self.path)
+            seed = self.route.dropout_seed_of(name) if factors.dropout else None
+            if seed is not None:
+                seed = stable_seed(seed, self.path)
             found.append(
                 Update(
                     factors.lora_A, factors.lora_B, start, stop,

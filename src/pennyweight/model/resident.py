@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pennyweight.blocks import GatedFeedForward
 from pennyweight.errors import ModelError
+from pennyweight.lora.layer import AdaptedModule
 from pennyweight.model.folder import fingerprint, read_settings
 from pennyweight.quant import QuantizedLinear
 from pennyweight.route import Route
@@ -29,7 +30,8 @@ class Head:
 
     `weight` is `[vocab, d]`; `softcap` bounds logits as cap * tanh(logits / cap) (Gemma 2,
     section 2); `trainable` says that the weight itself is trained. `wrapped` says that something
-    stands around the plain weight, an adapter say: then only calling `module` is right.
+    stands around the plain weight, an adapter that the route names say: then only calling
+    `module` is right.
     """
 
     weight: Tensor
@@ -112,7 +114,7 @@ class BaseModel:
             softcap=getattr(config, "final_logit_softcapping", None),
             scale=scale,
             trainable=plain.weight.requires_grad,
-            wrapped=plain is not module,
+            wrapped=plain is not module and not _idle(module, self.route),
             module=module,
         )
 
@@ -154,6 +156,13 @@ def check_head(base: BaseModel) -> None:
             f"{type(base.module).__name__}: its logits are more than its head applied to its hidden states "
             f"(largest difference {float((ours - theirs).abs().max()):.3g}); this architecture is not supported"
         )
+
+
+def _idle(module: nn.Module, route: Route) -> bool:
+    """Whether only adapters that the pass does not read stand around a module."""
+    return isinstance(module, AdaptedModule) and not any(
+        name is not None and name in module for name in route.adapters
+    )
 
 
 def _text_config(module: PreTrainedModel) -> PretrainedConfig:

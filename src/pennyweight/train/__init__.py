@@ -10,8 +10,9 @@ from pennyweight.train.checkpoint import (
     save,
     tidy,
 )
+from pennyweight.train.learner import learner, warmup_steps
 from pennyweight.train.lock import RunLock
-from pennyweight.train.loop import MicroBatch, StopRequest, pieces, planned_steps, train
+from pennyweight.train.loop import Due, MicroBatch, StopRequest, pieces, planned_steps, train
 from pennyweight.train.memory import (
     is_out_of_memory,
     peak_memory_bytes,
@@ -21,10 +22,12 @@ from pennyweight.train.memory import (
 )
 from pennyweight.train.random_state import random_tensors, restore_random
 from pennyweight.train.recompute import Recompute, disable_checkpointing, enable_checkpointing
+from pennyweight.train.together import forward_backward_together
 from pennyweight.train.trainee import Step, Trainee
 
 __all__ = [
     "CheckpointState",
+    "Due",
     "MicroBatch",
     "Recompute",
     "RunLock",
@@ -33,8 +36,10 @@ __all__ = [
     "Trainee",
     "disable_checkpointing",
     "enable_checkpointing",
+    "forward_backward_together",
     "glimpse",
     "is_out_of_memory",
+    "learner",
     "load_latest",
     "load_step",
     "peak_memory_bytes",
@@ -50,4 +55,5 @@ __all__ = [
     "saved_bytes",
     "tidy",
     "train",
+    "warmup_steps",
 ]

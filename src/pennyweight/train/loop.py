@@ -15,7 +15,7 @@ from pennyweight.data.batch import Batch
 from pennyweight.errors import Aborted, Interrupted
 from pennyweight.train.trainee import Step, Trainee
 
-__all__ = ["MicroBatch", "Step", "StopRequest", "pieces", "planned_steps", "train"]
+__all__ = ["Due", "MicroBatch", "Step", "StopRequest", "pieces", "planned_steps", "train"]
 
 
 def planned_steps(
@@ -51,6 +51,16 @@ def train(
 
 
 @dataclass(frozen=True, slots=True)
+class Due:
+    """A micro-batch that is next. Whoever drives the run may let it share a pass with others';
+    if it did not when the run goes on, it goes alone.
+    """
+
+    trainee: Trainee
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """One micro-batch that went forward and backward; its gradients wait for the step."""
 
@@ -66,8 +76,10 @@ def pieces(
     total_steps: int,
     accumulation: int = 1,
     stop: Callable[[], object] = lambda: None,
-) -> Iterator[MicroBatch | Step]:
-    """Yield every micro-batch and every optimizer step up to `total_steps`.
+    ahead: bool = False,
+) -> Iterator[Due | MicroBatch | Step]:
+    """Yield every micro-batch and every optimizer step up to `total_steps`; with `ahead` also each
+    micro-batch before it is run.
 
     `batches(epoch)` gives the micro-batches of an epoch as indices, a pure function; `collate` makes
     one of them a Batch. Ends early, between two steps, once `stop()` is true.
@@ -80,8 +92,11 @@ def pieces(
         window = indices[trainee.micro_batch : trainee.micro_batch + accumulation]
         for micro_batch in window:
             batch = collate(micro_batch)
-            _, count = trainee.forward_backward(batch)
-            yield MicroBatch(batch.tokens, count)
+            if ahead:
+                yield Due(trainee, batch)
+            if not trainee.holds(batch):
+                trainee.forward_backward(batch)
+            yield MicroBatch(batch.tokens, batch.trained_tokens)
         passes = trainee.advance(len(window), of=len(indices))
         yield trainee.optim_step(epoch=passes)
 

@@ -111,6 +111,41 @@ class Trainee:
         self._seconds += time.perf_counter() - began
         return self._sums[-1]
 
+    @property
+    def under_way(self) -> bool:
+        """Whether gradients wait for an optimizer step."""
+        return bool(self._window)
+
+    def drop(self) -> None:
+        """Forget what was accumulated since the last step."""
+        self._drop_gradients()
+        self._window, self._notices, self._seconds = [], [], 0.0
+
+    def dropout_seed(self) -> int:
+        """What the next micro-batch draws its dropout from."""
+        return stable_seed(self.seed, "dropout", self.step, len(self._window), 0)
+
+    def holds(self, batch: Batch) -> bool:
+        """Whether this very batch has gone forward and backward since the last step."""
+        return any(held is batch for held in self._window)
+
+    def take(
+        self,
+        batch: Batch,
+        total: Tensor,
+        count: int,
+        gradients: Sequence[Tensor | None],
+        seconds: float,
+    ) -> None:
+        """Add what a pass shared with others found for `batch`, as `forward_backward` would."""
+        for parameter, found in zip(self.parameters.values(), gradients, strict=True):
+            if found is None:
+                continue
+            parameter.grad = found if parameter.grad is None else parameter.grad.add_(found)
+        self._window.append(batch)
+        self._sums.append((total, count))
+        self._seconds += seconds
+
     def rehearse(self, batch: Batch, *, accumulating: bool = False) -> tuple[str, ...]:
         """A forward and backward over `batch` that leaves nothing behind but `limit_tokens`.
 
@@ -123,8 +158,7 @@ class Trainee:
                 self.forward_backward(batch)
             return tuple(self._notices)
         finally:
-            self._drop_gradients()
-            self._window, self._notices, self._seconds = [], [], 0.0
+            self.drop()
 
     def advance(self, micro_batches: int, *, of: int) -> float:
         """Move on in an epoch of `of` micro-batches; gives the passes over the data made so far."""
@@ -172,8 +206,7 @@ class Trainee:
             skipped=not finite or count == 0,
             notices=tuple(self._notices),
         )
-        self._drop_gradients()
-        self._window, self._notices, self._seconds = [], [], 0.0
+        self.drop()
         return step
 
     def tensors(self) -> dict[str, Tensor]:
@@ -231,13 +264,16 @@ class Trainee:
             self._sums.append((total, count))
         return None
 
+    def recomputation(self) -> AbstractContextManager[None]:
+        """What this trainee's passes compute again in backward, and no others' of the base."""
+        if self.recompute == "none":
+            return nullcontext()
+        return recomputing(
+            self.base, self.recompute, layers=self.recomputed_layers, store=self._store
+        )
+
     def _pass(self, batch: Batch, seed: int) -> tuple[Tensor, int]:
-        again: AbstractContextManager[None] = nullcontext()
-        if self.recompute != "none":
-            again = recomputing(
-                self.base, self.recompute, layers=self.recomputed_layers, store=self._store
-            )
-        with again:
+        with self.recomputation():
             return _forward_backward(self.base, batch, seed, sparing=self.recompute == "offloaded")
 
     def _relieved(self) -> bool:
