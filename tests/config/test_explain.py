@@ -85,7 +85,9 @@ train.save_steps train.save_total_limit train.report_to evaluate.max_new_tokens 
 
 def test_what_has_a_source_names_it() -> None:
     assert set(SOURCES) <= set(KEYS)
-    own = set(OWN.split()) | {key for key in KEYS if key.startswith(("compare.", "merge."))}
+    own = set(OWN.split()) | {
+        key for key in KEYS if key.startswith(("compare.", "merge.", "adapters."))
+    }
     assert set(KEYS) - own == set(SOURCES)
     assert "source   Hu et al. 2021, LoRA, section 4.1" in explain("adapter.lora_alpha")
 

@@ -140,6 +140,9 @@ def test_a_table_can_be_filled_from_the_command_line(tmp_path: Path) -> None:
 
 
 BROKEN = {
+    "many adapters share it": "train: {method: full}\nadapters: {grid: {seed: [1]}}",
+    "losers are told": "adapters: {stop: halving}\ndata: {eval_fraction: 0}",
+    "a margin is read": "adapters: {stop_margin: 0.2}",
     "method qlora": "train: {method: qlora}\nbase: {quantization: none}",
     "method lora keeps": "train: {method: lora}\nbase: {quantization: nf4}",
     "quantized one cannot": "train: {method: full}\nbase: {quantization: int8}",

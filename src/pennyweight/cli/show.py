@@ -21,6 +21,7 @@ _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 __all__ = [
     "Printer",
+    "adapters",
     "benchmarks",
     "checks",
     "comparison",
@@ -330,6 +331,20 @@ def plan(said: Any) -> Any:
 
     rows = table(("", "size", ""), said.table_rows(), figures=(1,))
     return Group(rows, said.sentence())
+
+
+def adapters(found: Any) -> Any:
+    """The adapters of a sweep, best first, and what they took together."""
+    from rich.console import Group
+
+    columns, rows = found.table()
+    took = f"{len(found.adapters)} adapters in {found.seconds:,.0f} s, mode {found.mode}"
+    if found.peak_memory_bytes is not None:
+        peak, planned = (
+            _said("_bytes", each) for each in (found.peak_memory_bytes, found.planned_peak_bytes)
+        )
+        took += f", peak memory {peak}, planned {planned}"
+    return Group(table(columns, rows, figures=range(1, len(columns) - 1)), took)
 
 
 def comparison(found: Any) -> Any:

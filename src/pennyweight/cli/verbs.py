@@ -60,6 +60,9 @@ def init(
         Literal["qlora", "lora", "full"], typer.Option(help="What is trained, on what base.")
     ] = "qlora",
     output_dir: Annotated[str, typer.Option(help="Where the run writes.")] = "runs/my",
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Four adapters to begin with: two ranks, two rates.")
+    ] = False,
     schema: Annotated[
         Path | None, typer.Option(help="Write the JSON Schema there, and name it for editors.")
     ] = None,
@@ -69,7 +72,7 @@ def init(
     from pennyweight.config import starter, write_schema
 
     with show.Printer(as_json) as printer:
-        text = starter(model=model, data=data, method=method, output_dir=output_dir)
+        text = starter(model=model, data=data, method=method, output_dir=output_dir, sweep=sweep)
         if schema is not None:
             write_schema(schema)
             text = f"# yaml-language-server: $schema={schema.as_posix()}\n{text}"
@@ -164,6 +167,14 @@ def plan(
             printer.give(show.plain_fields(found), lambda: show.facts(show.plain_fields(found)))
             return
         budget = parse_memory(memory) if memory else None
+        if config.adapters.list or config.adapters.grid:
+            from pennyweight.config import variants
+            from pennyweight.sweep import sizes
+
+            shared = config.adapters.mode == "fast"
+            many = sizes(variants(config), shared=shared, device=on, budget_bytes=budget)
+            printer.give(many.to_dict(), lambda: show.plan(many))
+            return
         said = predict(config, device=on, budget_bytes=budget)
         printer.give(said.to_dict(), lambda: show.plan(said))
 
@@ -193,12 +204,24 @@ def parity(
 
 @app.command()
 def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train; the same command again resumes."""
+    """Train; the same command again resumes.
+
+    With `adapters:` in the file all it describes are trained, side by side over one base.
+    """
     from pennyweight.config import load_run
 
     with show.Printer(as_json) as printer, not_begun():
         loaded = load_run(run, overrides or ())
         # After the description was found sound: what follows takes seconds to import.
+        adapters = loaded.config.adapters
+        if adapters.list or adapters.grid:
+            from pennyweight.sweep import sweep
+
+            found = sweep(loaded.config, origin=loaded.origin, text=loaded.text)
+            printer.give(found.to_dict(), lambda: show.adapters(found))
+            if found.exit_code:
+                raise typer.Exit(found.exit_code)
+            return
         from pennyweight.finetune import finetune
 
         result = finetune(loaded.config, origin=loaded.origin, text=loaded.text)

@@ -13,6 +13,7 @@ from pennyweight.config.public import (
 )
 from pennyweight.config.rules import origins, resolve
 from pennyweight.config.schema import (
+    AdaptersConfig,
     BaseConfig,
     CompareConfig,
     DataConfig,
@@ -25,8 +26,10 @@ from pennyweight.config.schema import (
     Source,
     TrainConfig,
 )
+from pennyweight.config.variants import variants
 
 __all__ = [
+    "AdaptersConfig",
     "BaseConfig",
     "CompareConfig",
     "DataConfig",
@@ -52,5 +55,6 @@ __all__ = [
     "resolve",
     "starter",
     "to_yaml",
+    "variants",
     "write_schema",
 ]

@@ -24,6 +24,7 @@ from pennyweight.files import disk_faults, whole
 
 __all__ = ["explain", "json_schema", "starter", "to_yaml", "write_schema"]
 
+_FIRST_GRID = {"adapter.r": [8, 32], "train.learning_rate": [1e-4, 3e-4]}
 # What a first run is likely to change; `to_yaml` writes these whatever their value.
 _STARTERS = (
     "base.model",
@@ -222,8 +223,9 @@ def _quoted(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in body)
 
 
-def starter(*, model: str, data: str, method: str, output_dir: str) -> str:
-    """A commented YAML to begin with. Raises ConfigError for what no run could be."""
+def starter(*, model: str, data: str, method: str, output_dir: str, sweep: bool = False) -> str:
+    """A commented YAML to begin with; with `sweep` for four adapters, two ranks by two learning
+    rates. Raises ConfigError for what no run could be."""
     try:
         config = RunConfig.model_validate(
             {
@@ -231,6 +233,7 @@ def starter(*, model: str, data: str, method: str, output_dir: str) -> str:
                 "data": {"train": data},
                 "train": {"method": method},
                 "output_dir": output_dir,
+                **({"adapters": {"grid": _FIRST_GRID}} if sweep else {}),
             }
         )
     except ValidationError as error:

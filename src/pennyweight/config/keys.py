@@ -123,6 +123,8 @@ def _phrase(annotation: Any, bounds: list[Any]) -> str:
     if origin is Literal:
         choices = ", ".join(str(part) for part in parts)
         return choices if len(parts) == 1 else f"one of {choices}"
+    if annotation is Any:
+        return "any value"
     if origin is tuple:
         return f"a list, each {_phrase(parts[0], [])}"
     if origin is dict:

@@ -19,6 +19,7 @@ from pennyweight.config.document import Path, read_document, spell
 from pennyweight.config.keys import GROUPS, KEYS, accepts, names_in, nearest_key
 from pennyweight.config.rules import broken_rules, origins, resolve
 from pennyweight.config.schema import RunConfig, Source
+from pennyweight.config.variants import variant_faults
 from pennyweight.errors import ConfigError
 
 __all__ = ["LoadedRun", "load_run", "read_resolved"]
@@ -193,6 +194,9 @@ class _Findings:
             self._hold_to_rules(_without(tree, wrong), but={spell(path[:2]) for path in wrong})
             return None
         self._hold_to_rules(tree, but=set())
+        if not self.faults:
+            for path, message in variant_faults(resolve(run)):
+                self.fault(path, message)
         return run
 
     def _hold_to_rules(self, tree: dict[str, Any], *, but: set[str]) -> None:

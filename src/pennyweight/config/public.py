@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pennyweight.config.schema import RunConfig, Source
+from pennyweight.config.schema import AdaptersConfig, RunConfig, Source
 
 __all__ = ["is_hub_id", "named_paths", "public", "public_config", "public_name"]
 
@@ -83,6 +83,7 @@ def public_config(config: RunConfig) -> RunConfig:
         update={
             "base": config.base.model_copy(update={"model": public_name(config.base.model)}),
             "data": data.model_copy(update=shown),
+            "adapters": AdaptersConfig(),  # every adapter's own description is of it alone
             "output_dir": public_name(config.output_dir),
         }
     )

@@ -232,6 +232,25 @@ RULES: tuple[Rule, ...] = (
         "the range test goes upwards: set compare.range_to above compare.range_from",
         lambda run, given: run.compare.range_to <= run.compare.range_from,
     ),
+    Rule(
+        ("adapters.list", "train.method"),
+        "method full trains the base itself, and many adapters share it: set train.method to qlora "
+        "or lora, or remove adapters",
+        lambda run, given: (
+            run.train.method == "full" and bool(run.adapters.list or run.adapters.grid)
+        ),
+    ),
+    Rule(
+        ("adapters.stop", "data.eval_fraction"),
+        "losers are told by held-out rows: give data.eval, or a data.eval_fraction above 0",
+        lambda run, given: run.adapters.stop != "none" and _nothing_held_out(run),
+    ),
+    Rule(
+        ("adapters.stop_margin", "adapters.stop"),
+        "a margin is read only where adapters.stop is margin: set it, or remove "
+        "adapters.stop_margin",
+        lambda run, given: "adapters.stop_margin" in given and run.adapters.stop != "margin",
+    ),
 )
 
 
@@ -246,7 +265,7 @@ FOLLOWS_FROM = {
 def given_keys(run: RunConfig) -> Given:
     """Keys that somebody wrote down (`train.method`), from a file, a command line or Python."""
     given = {key for key in run.model_fields_set if key in ("output_dir", "seed")}
-    for group in ("base", "adapter", "data", "train", "evaluate", "compare"):
+    for group in ("base", "adapter", "data", "train", "evaluate", "compare", "adapters"):
         settings = getattr(run, group)
         given |= {
             f"{group}.{name}"

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 __all__ = [
+    "AdaptersConfig",
     "BaseConfig",
     "CompareConfig",
     "DataConfig",
@@ -351,6 +352,28 @@ class CompareConfig(_Frozen):
     """Documents of the general text that are read."""
 
 
+class AdaptersConfig(_Frozen):
+    """Many adapters over one base in one process: a run each, which differs in some settings."""
+
+    list: tuple[dict[str, Any], ...] = ()
+    """Adapters by name, each a table of what differs: `{name: sql, data.train: sql.jsonl, adapter.r: 8}`."""
+
+    grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    """Settings with values to try, every combination an adapter: `{adapter.r: [4, 16], seed: [0, 1]}`. With `list`, every entry in every combination."""
+
+    mode: Literal["exact", "fast"] = "exact"
+    """`exact`: they take turns, each ends with the very bits it would end with alone. `fast`: they share passes over the base, equal within rounding; quicker where micro-batches are small."""
+
+    stop: Literal["none", "halving", "margin"] = "none"
+    """How losers are stopped early, by held-out loss: `halving` keeps the better half after `stop_after`, twice, four times as many evaluations and so on (successive halving, Jamieson & Talwalkar 2016); `margin` stops, from `stop_after` evaluations on, whoever is `stop_margin` worse than the best."""
+
+    stop_after: Annotated[int, Field(ge=1)] = 2
+    """Evaluations that every adapter makes before any is stopped."""
+
+    stop_margin: Annotated[float, Field(gt=0)] = 0.1
+    """For `margin`: nats per trained token above the lowest held-out loss that cost an adapter its place."""
+
+
 class RunConfig(_Frozen):
     """A whole run."""
 
@@ -371,6 +394,9 @@ class RunConfig(_Frozen):
 
     compare: CompareConfig = CompareConfig()
     """What `pennyweight compare` sets side by side; nothing else reads it."""
+
+    adapters: AdaptersConfig = AdaptersConfig()
+    """Many adapters over the one base, trained by one command; each in a folder of its own under `output_dir`."""
 
     output_dir: Annotated[str, Field(min_length=1)] = "runs/default"
     """Where everything the run writes goes; the same folder again resumes."""

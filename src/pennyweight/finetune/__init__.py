@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pennyweight.config import RunConfig, origins, resolve
 from pennyweight.data.prepare import Prepared, prepare
-from pennyweight.errors import Interrupted
+from pennyweight.errors import ConfigError, Interrupted
 from pennyweight.files import disk_faults
 from pennyweight.finetune.beat import Beat, Beats, at_once, outcome, timed
 from pennyweight.finetune.learner import require_this_base
@@ -110,6 +110,11 @@ def _way(
     began = time.perf_counter()
     origin = origin or origins(config)
     config = resolve(config)
+    if config.adapters.list or config.adapters.grid:
+        raise ConfigError(
+            "adapters: describes several runs, and this trains one; `pennyweight train`, or "
+            "`pennyweight.sweep.sweep`, trains them all"
+        )
     folder = RunFolder(Path(config.output_dir))
     alone = base is None
     with disk_faults(folder.path, AGAIN), RunLock(folder.path):

@@ -121,7 +121,8 @@ class Run:
         self.owes_evaluation = False  # of the step just taken
         self.saved: tuple[int, bool] | None = None  # the step last saved, and what it owed
         self.notices: list[str] = []
-        self.report = Report(folder.path, sinks=config.train.report_to)
+        label = "" if alone else name
+        self.report = Report(folder.path, sinks=config.train.report_to, label=label)
         try:
             self.parameters = what_learns(base, config, name)
             self.trainee = trainee(base, config, self.parameters, self.total_steps, predicted)

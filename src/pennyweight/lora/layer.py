@@ -246,7 +246,7 @@ class LoraLinear(AdaptedModule):
 
     def product(
         self, x: Float[Tensor, "*rows d_in"], updates: Sequence[Update]
-    ) -> tuple[Float[Tensor, "*rows d_out"], list[Float[Tensor, "n r"]]]:
+    ) -> tuple[Float[Tensor, "*rows d_out"], list[Float[Tensor, "_ _"]]]:
         """W0 x with every update added in place, and A x of each, which backward reads."""
         y: Tensor = self.base_layer(x)
         kept = self.narrowed(x, updates)
@@ -256,7 +256,7 @@ class LoraLinear(AdaptedModule):
 
     def narrowed(
         self, x: Float[Tensor, "*rows d_in"], updates: Sequence[Update]
-    ) -> list[Float[Tensor, "n r"]]:
+    ) -> list[Float[Tensor, "_ _"]]:
         """A x of each update, after dropout."""
         return [u.dropped(_rows(x, u))[0] @ u.a.to(x.dtype).T for u in updates]
 
@@ -264,7 +264,7 @@ class LoraLinear(AdaptedModule):
         self,
         grad_y: Float[Tensor, "*rows d_out"],
         x: Float[Tensor, "*rows d_in"],
-        kept: Sequence[Float[Tensor, "n r"]],
+        kept: Sequence[Float[Tensor, "_ _"]],
         updates: Sequence[Update],
         *,
         of_x: bool,

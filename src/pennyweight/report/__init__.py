@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pennyweight.report.log import Report, metrics_of, plain, read_events
-from pennyweight.report.plot import plot_losses
+from pennyweight.report.plot import plot_losses, plot_many
 from pennyweight.report.progress import duration, progress_line
 from pennyweight.report.rows import plot_rows
 from pennyweight.report.scores import plot_scores
@@ -17,6 +17,7 @@ __all__ = [
     "open_sinks",
     "plain",
     "plot_losses",
+    "plot_many",
     "plot_rows",
     "plot_scores",
     "progress_line",

@@ -34,11 +34,18 @@ CLOCK_FIELDS = frozenset({"time", "seconds", "tokens_per_second", "eta_seconds"}
 class Report:
     """The log of one run, its progress lines and its sinks.
 
-    `sinks`: names of `train.report_to`, or sinks. A run that is under way again calls `begin` or
+    `sinks`: names of `train.report_to`, or sinks. `label` stands before every line it prints. A run that is under way again calls `begin` or
     `resume` before its first step; until then its events wait behind those of the earlier one.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, sinks: Sequence[str | Sink] = ()) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        sinks: Sequence[str | Sink] = (),
+        label: str = "",
+    ) -> None:
+        self._label = f"{label}: " if label else ""
         self.path = Path(folder) / "events.jsonl"
         names = [sink for sink in sinks if isinstance(sink, str)]
         ready = [sink for sink in sinks if not isinstance(sink, str)]
@@ -125,7 +132,7 @@ class Report:
         reason to end a run: its figures stand in the log.
         """
         with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+            print(self._label + text, file=sys.stderr, flush=True)
 
     @property
     def offset(self) -> int:
