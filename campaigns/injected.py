@@ -36,7 +36,7 @@ class Poison:
     backwards: bool = False
 
     def take_effect(self, mark_id: int) -> None:
-        """In the child: hooks on every embedding and every MLP."""
+        """In the child: hooks on every embedding and every feed-forward."""
         import torch
 
         seen: list[torch.Tensor] = []
@@ -46,7 +46,7 @@ class Poison:
             if name == "Embedding":
                 ids = inputs[0].reshape(-1)
                 seen[:] = [ids == mark_id]
-            if not name.endswith("MLP") or not seen or not seen[0].any():
+            if not name.endswith(("MLP", "FeedForward")) or not seen or not seen[0].any():
                 return None
             mask = seen[0].reshape(output.shape[:-1])[..., None]
             if not self.backwards:
