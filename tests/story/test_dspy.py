@@ -16,6 +16,8 @@ pytest.importorskip(
 )
 if find_spec("dspy") is None:
     pytest.skip("DSPy is not installed: pip install dspy", allow_module_level=True)
+if not os.environ.get("PENNYWEIGHT_TEST_DSPY"):
+    pytest.skip("DSPy takes its time: set PENNYWEIGHT_TEST_DSPY to try it", allow_module_level=True)
 
 from campaigns.server import Server
 
