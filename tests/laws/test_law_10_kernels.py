@@ -216,13 +216,18 @@ def test_compiled_rows_of_8_bits_equal_torch(compiled: Library, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(7, 33), (64, 128), (130, 70), (33, 1100)])
+@pytest.mark.parametrize("shape", [(7, 33), (64, 128), (130, 70), (33, 1100), (9, 1088), (6, 2048)])
 def test_compiled_products_are_near_float64_and_blind_to_other_rows(
     compiled: Library, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """Rounded as pure torch rounds the weight; each row alone, among few and among many: one result."""
     weight, bias = torch.randn(shape), torch.randn(shape[0])
-    values = (quantize_8bit(weight), quantize_4bit(weight), quantize_4bit(weight, block_size=256))
+    values = (
+        quantize_8bit(weight),
+        quantize_4bit(weight),
+        quantize_4bit(weight, block_size=32),
+        quantize_4bit(weight, block_size=1024, double_quantization=False),
+    )
     for value, transposed in product(values, (False, True)):
         dense = torch.empty(shape, dtype=dtype)
         (rowwise.fill_in_torch if value is values[0] else fill_in_torch)(value, dense)
@@ -234,9 +239,20 @@ def test_compiled_products_are_near_float64_and_blind_to_other_rows(
         eps = torch.finfo(dtype).eps
         bound = eps * (4e-4 / eps if dtype == torch.float32 else 1.0) * (1 + expected.abs())
         assert ((ours.double() - expected).abs() <= bound).all()
-        for rows in (1, 2, 3, 5, 6, 7, 11, 12, 13, 29):
+        for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 29):
             part = cpu.product(compiled, x[-rows:], value, added, transposed=transposed)
             assert torch.equal(part, ours[-rows:])
+
+
+def test_groups_of_any_size_are_read(compiled: Library) -> None:
+    """Nested scales of foreign checkpoints need not come in groups of a power of two."""
+    value = quantize_4bit(torch.randn(40, 256))
+    assert isinstance(value.absmax, NestedScales)
+    for group in (96, 100, 32):
+        peaks = torch.rand(-(-len(value.absmax.codes) // group))
+        scales = NestedScales(value.absmax.codes, peaks, value.absmax.offset, group)
+        other = Quantized4Bit(value.codes, scales, value.shape, value.dtype, "nf4")
+        assert_filled_alike(compiled, other, fill_in_torch, torch.float32)
 
 
 def test_rows_beyond_the_packing_buffer_come_in_turn(compiled: Library) -> None:

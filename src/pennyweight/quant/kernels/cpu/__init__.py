@@ -48,7 +48,7 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "group_scales")),
         *((name, ctypes.c_void_p) for name in ("offset", "dynamic", "levels")),
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
-        *((name, ctypes.c_int32) for name in ("block_shift", "group", "value_type")),
+        *((name, ctypes.c_int32) for name in ("block_shift", "group_shift", "group", "value_type")),
     )
 
 
@@ -196,6 +196,7 @@ def _weight(value: Quantized4Bit | Quantized8Bit, dtype: torch.dtype) -> _Weight
     weight.offset = _address(absmax.offset, torch.float32, 1)
     weight.dynamic = dynamic_table(_CPU).data_ptr()
     weight.group = group
+    weight.group_shift = -1 if group & (group - 1) else group.bit_length() - 1
     return weight
 
 

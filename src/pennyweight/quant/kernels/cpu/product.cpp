@@ -111,6 +111,81 @@ INLINE void forward_any(int held, const float *x, const float *w, int64_t steps,
         forward_any<rows - 1>(held, x, w, steps, sums);
 }
 
+constexpr int kDirectRows = 4;
+
+// For few rows values go from the codes into the sums without a tile between; the sums are those
+// of `forward_kernel`, in its order. Weight rows begin where blocks do.
+template <int rows, Type type>
+void direct_kernel(const Weight &w, const int64_t *outputs, int64_t k, int64_t depth, const float *x,
+                   float (*sums)[kQuad]) {
+    const auto levels = Lanes::levels(w.levels);
+    const int64_t run = least(depth, int64_t{1} << w.block_shift) / width;
+    Lanes::V sum[rows][kQuad];
+    for (int m = 0; m < rows; ++m)
+        for (int n = 0; n < kQuad; ++n) sum[m][n] = Lanes::zero();
+    for (int64_t j = 0; j < depth / width; j += run) {
+        Lanes::Levels scaled[kQuad];
+        const uint8_t *codes[kQuad];
+#pragma GCC unroll 4
+        for (int n = 0; n < kQuad; ++n) {
+            const int64_t at = outputs[n] * w.columns + k + j * width;
+            scaled[n] = Lanes::scaled(levels, block_scale(w, at >> w.block_shift), type);
+            codes[n] = static_cast<const uint8_t *>(w.codes) + at / 2;
+        }
+        for (int64_t i = 0; i < run; ++i, x += rows * width) {
+#pragma GCC unroll 4
+            for (int n = 0; n < kQuad; ++n) {
+                const auto value = Lanes::look_up(scaled[n], Lanes::codes(codes[n] + i * width / 2));
+#pragma GCC unroll 4
+                for (int m = 0; m < rows; ++m)
+                    sum[m][n] = Lanes::fused(Lanes::load(x + m * width), value, sum[m][n]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; ++m)
+        Lanes::sums(sums[m], sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
+}
+
+template <int rows>
+void direct_rows(const Weight &w, const int64_t *outputs, int64_t k, int64_t depth, const float *x,
+                 float (*sums)[kQuad]) {
+    switch (w.value_type) {
+        case Type::float32: return direct_kernel<rows, Type::float32>(w, outputs, k, depth, x, sums);
+        case Type::bfloat16: return direct_kernel<rows, Type::bfloat16>(w, outputs, k, depth, x, sums);
+        case Type::float16: return direct_kernel<rows, Type::float16>(w, outputs, k, depth, x, sums);
+    }
+}
+
+void direct(void *given, int64_t piece) {
+    const Product &p = *static_cast<const Product *>(given);
+    const Weight &w = *p.weight;
+    const auto multiply = p.rows == 1   ? direct_rows<1>
+                          : p.rows == 2 ? direct_rows<2>
+                          : p.rows == 3 ? direct_rows<3>
+                                        : direct_rows<4>;
+    const int64_t first = piece * p.tile, stop = least(first + p.tile, w.rows);
+    for (int64_t n = first; n < stop; n += kQuad) {
+        int64_t outputs[kQuad];
+        for (int64_t i = 0; i < kQuad; ++i) outputs[i] = least(n + i, w.rows - 1);
+        for (int64_t k = 0; k < w.columns; k += kDepth) {
+            float sums[kDirectRows][kQuad];
+            multiply(w, outputs, k, least(kDepth, w.columns - k), p.packed + k * p.rows, sums);
+            for (int64_t r = 0; r < p.rows; ++r)
+                for (int64_t i = 0; i < least(kQuad, stop - n); ++i) {
+                    float *y = p.out + r * w.rows + n + i;
+                    const float before = k ? *y : p.bias ? p.bias[n + i] : 0.0f;
+                    *y = before + sums[r][i];
+                }
+        }
+    }
+}
+
+bool goes_direct(const Weight &w, int64_t rows) {
+    const int64_t block = int64_t{1} << w.block_shift;
+    return w.levels && rows <= least(kDirectRows, kForwardRows) && w.columns % block == 0;
+}
+
 void forward(void *given, int64_t piece) {
     const Product &p = *static_cast<const Product *>(given);
     const Weight &w = *p.weight;
@@ -269,7 +344,8 @@ using namespace pennyweight;
 EXPORTED(void, forward)(const Weight *weight, const float *x, int64_t rows, const float *bias,
                         float *out, int32_t threads) {
     Product p{weight, x, rows, bias, out, nullptr, kTile / kDepth};
-    in_parts(p, weight->columns, weight->rows, kForwardRows, pack_forward, forward, threads);
+    const auto multiply = goes_direct(*weight, rows) ? direct : forward;
+    in_parts(p, weight->columns, weight->rows, kForwardRows, pack_forward, multiply, threads);
 }
 
 // out[rows, weight columns] = y[rows, weight rows] W

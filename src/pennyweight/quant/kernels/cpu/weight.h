@@ -17,6 +17,7 @@ struct Weight {
     const float *levels;   // the 16 values of 4-bit codes; null: 8 bits
     int64_t rows, columns;
     int32_t block_shift;
+    int32_t group_shift;  // -1: not a power of two
     uint32_t group;
     Type value_type;  // what each value is rounded to
 };
@@ -26,7 +27,8 @@ namespace {
 INLINE float block_scale(const Weight &w, int64_t block) {
     if (!w.group_scales) return static_cast<const float *>(w.scales)[block];
     const uint8_t code = static_cast<const uint8_t *>(w.scales)[block];
-    const float product = w.dynamic[code] * w.group_scales[static_cast<uint32_t>(block) / w.group];
+    const int64_t group = w.group_shift >= 0 ? block >> w.group_shift : block / w.group;
+    const float product = w.dynamic[code] * w.group_scales[group];
     return product + *w.offset;
 }
 
