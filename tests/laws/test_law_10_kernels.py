@@ -244,6 +244,16 @@ def test_compiled_products_are_near_float64_and_blind_to_other_rows(
             assert torch.equal(part, ours[-rows:])
 
 
+def test_compiled_products_are_as_near_to_float64_as_torchs(compiled: Library) -> None:
+    """A long sum is taken in parts: all in a row would be several times further away."""
+    value = quantize_4bit(torch.randn(2048, 2048))
+    dense, x = dequantize_4bit(value), torch.randn(4, 2048)
+    for transposed, wide in ((False, dense.T), (True, dense)):
+        exact = x.double() @ wide.double()
+        ours = cpu.product(compiled, x, value, None, transposed=transposed)
+        assert (ours - exact).norm() <= 2 * (x @ wide - exact).norm()
+
+
 def test_groups_of_any_size_are_read(compiled: Library) -> None:
     """Nested scales of foreign checkpoints need not come in groups of a power of two."""
     value = quantize_4bit(torch.randn(40, 256))

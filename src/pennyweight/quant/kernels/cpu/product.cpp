@@ -223,6 +223,9 @@ void forward(void *given, int64_t piece) {
 
 constexpr int kBackwardRows = Lanes::backward_rows;
 constexpr int64_t kPair = 2 * width;  // outputs that one kernel call computes for its rows
+// Inputs summed by themselves, before they go to the sum of all: one sum over thousands in a row
+// would lose two bits. A divisor of every tile's depth, so that it does not depend on the threads.
+constexpr int64_t kSummed = 64;
 
 // Rows in groups; in a group, the same input of its rows side by side.
 void pack_backward(void *given, int64_t group) {
@@ -238,11 +241,7 @@ void pack_backward(void *given, int64_t group) {
 template <int rows>
 void backward_rows(const float *y, const float *w, int64_t steps, float *out, int64_t stride) {
     Lanes::V low[rows], high[rows];
-#pragma GCC unroll 12
-    for (int m = 0; m < rows; ++m) {
-        low[m] = Lanes::load(out + m * stride);
-        high[m] = Lanes::load(out + m * stride + width);
-    }
+    for (int m = 0; m < rows; ++m) low[m] = high[m] = Lanes::zero();
     for (int64_t n = 0; n < steps; ++n, y += rows, w += kPair) {
         const Lanes::V left = Lanes::load(w), right = Lanes::load(w + width);
 #pragma GCC unroll 12
@@ -254,8 +253,9 @@ void backward_rows(const float *y, const float *w, int64_t steps, float *out, in
     }
 #pragma GCC unroll 12
     for (int m = 0; m < rows; ++m) {
-        Lanes::store(out + m * stride, low[m]);
-        Lanes::store(out + m * stride + width, high[m]);
+        float *to = out + m * stride;
+        Lanes::store(to, Lanes::plus(Lanes::load(to), low[m]));
+        Lanes::store(to + width, Lanes::plus(Lanes::load(to + width), high[m]));
     }
 }
 
@@ -268,6 +268,11 @@ INLINE void backward_any(int held, const float *y, const float *w, int64_t steps
         backward_rows<rows>(y, w, steps, out, stride);
     else
         backward_any<rows - 1>(held, y, w, steps, out, stride);
+}
+
+INLINE void in_sums(int rows, const float *y, const float *w, int64_t steps, float *out, int64_t stride) {
+    for (int64_t n = 0; n < steps; n += kSummed)
+        backward_any(rows, y + n * rows, w + n * kPair, least(kSummed, steps - n), out, stride);
 }
 
 void backward(void *given, int64_t piece) {
@@ -292,14 +297,14 @@ void backward(void *given, int64_t piece) {
                 float *out = p.out + m * w.columns + first + k;
                 const float *of = tile + k * steps;
                 if (k + kPair <= held) {
-                    backward_any(rows, y, of, steps, out, w.columns);
+                    in_sums(rows, y, of, steps, out, w.columns);
                     continue;
                 }
                 // The last columns by way of a full-width copy.
                 float edge[kBackwardRows * kPair] = {};
                 for (int r = 0; r < rows; ++r)
                     memcpy(edge + r * kPair, out + r * w.columns, (held - k) * sizeof(float));
-                backward_any(rows, y, of, steps, edge, kPair);
+                in_sums(rows, y, of, steps, edge, kPair);
                 for (int r = 0; r < rows; ++r)
                     memcpy(out + r * w.columns, edge + r * kPair, (held - k) * sizeof(float));
             }
