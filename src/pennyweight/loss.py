@@ -28,6 +28,7 @@ __all__ = [
     "chunk_rows",
     "places",
     "predictions",
+    "sum_type",
     "summed_cross_entropy",
     "targets",
 ]
@@ -115,9 +116,10 @@ def summed_cross_entropy(
     *,
     chunk_tokens: int | None = None,
 ) -> tuple[Float[Tensor, ""], int]:
-    """Sum of -log p(next token), in nats and float32, over the trained tokens, and their count.
+    """Sum of -log p(next token), in nats, over the trained tokens, and their count.
 
-    Products run in the type of `hidden`, softmax in float32. `chunk_tokens` rows are taken at a
+    Products run in the type of `hidden`, softmax in float32; the sum is taken in float64 where the
+    device has it, so that how a batch is cut does not show in it. `chunk_tokens` rows are taken at a
     time; None: as many as `chunk_rows` says. Without gradients no gradient work is done.
     """
     rows, wanted = targets(ids, trained, boundaries)
@@ -130,6 +132,11 @@ def summed_cross_entropy(
         torch.is_grad_enabled() and head.trainable,
     )  # fmt: skip
     return total, len(rows)
+
+
+def sum_type(device: torch.device) -> torch.dtype:
+    """What losses are summed in: float64, which MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def chunk_rows(vocab: int, device: torch.device, *, sparing: bool = False) -> int:
@@ -192,7 +199,7 @@ class _PlainHead(torch.autograd.Function):
         ctx.tokens = hidden.shape[0]
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(rows, grad_rows, grad_weight, grad_bias)
-        return losses.sum()
+        return losses.sum(dtype=sum_type(losses.device))
 
     @staticmethod
     @once_differentiable
@@ -236,9 +243,10 @@ def _through_module(hidden: Tensor, rows: Tensor, wanted: Tensor, head: Head, ch
 
     def piece(h: Tensor, ids: Tensor) -> Tensor:
         logits, _ = _logits(head.module(h), None, head.softcap, head.scale)
-        return nn.functional.cross_entropy(logits, ids, reduction="sum")
+        losses = nn.functional.cross_entropy(logits, ids, reduction="none")
+        return losses.sum(dtype=sum_type(losses.device))
 
-    total = hidden[rows[:0]].sum(dtype=torch.float32)  # 0, and a gradient of zeros
+    total = hidden[rows[:0]].sum(dtype=sum_type(hidden.device))  # 0, and a gradient of zeros
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         h = hidden[rows[part]]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pennyweight.data.batch import Batch
 from pennyweight.errors import DiskError, DivergedError, MemoryExhausted
 from pennyweight.lora.layer import stable_seed
-from pennyweight.loss import chunk_rows, summed_cross_entropy
+from pennyweight.loss import chunk_rows, sum_type, summed_cross_entropy
 from pennyweight.model import BaseModel
 from pennyweight.optim import PagedAdamW, load_state_tensors, set_learning_rate, state_tensors
 from pennyweight.train.memory import is_out_of_memory, parts, release_cached
@@ -251,7 +251,8 @@ class Trainee:
     def _accumulate(self, waiting: Sequence[int]) -> Batch | None:
         """Run the window's micro-batches at these places; gives the part memory did not suffice for."""
         for place in waiting:
-            total, count = torch.zeros((), device=self.base.device), 0
+            device = self.base.device
+            total, count = torch.zeros((), dtype=sum_type(device), device=device), 0
             for number, part in enumerate(parts(self._window[place], self.limit_tokens)):
                 seed = stable_seed(self.seed, "dropout", self.step, place, number)
                 try:
@@ -378,7 +379,7 @@ def _forward_backward(
 ) -> tuple[Tensor, int]:
     """Gradients of the summed loss are added to the parameters; gives the sum and its count."""
     if not batch.trained_tokens:
-        return torch.zeros((), device=base.device), 0
+        return torch.zeros((), dtype=sum_type(base.device), device=base.device), 0
     batch = batch.to(base.device)
     with base.route.over(batch.boundaries, batch.adapters, dropout_seed=seed):
         hidden = base.hidden(batch.ids, batch.positions).to(base.dtype)
