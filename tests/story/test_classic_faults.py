@@ -20,8 +20,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pennyweight import cli
-from pennyweight.data import prepare
-from pennyweight.data.examples import Examples
+from pennyweight.data.examples import ExamplesWriter
+from pennyweight.data.prepare import making
 from pennyweight.report import read_events
 from tests.conftest import CHAT_TEMPLATE, build_model_folder
 
@@ -115,14 +115,12 @@ def test_pad_is_eos_and_the_stop_token_is_trained_all_the_same(pennyweight, desc
 def test_masked_by_id(pennyweight, described, monkeypatch):
     """What a collator does that labels every pad token -100 after pad was set to eos."""
 
-    class MaskedById(Examples):
-        @classmethod
-        def of(cls, examples):
-            for example in examples:
-                example.trained[example.ids == 4] = False  # <|im_end|>
-            return super().of(examples)
+    class MaskedById(ExamplesWriter):
+        def add(self, example):
+            example.trained[example.ids == 4] = False  # <|im_end|>
+            super().add(example)
 
-    monkeypatch.setattr(prepare, "Examples", MaskedById)
+    monkeypatch.setattr(making, "ExamplesWriter", MaskedById)
     ended = pennyweight("train", described())
     assert ended.code == USAGE
     assert "the stop token <|im_end|> is not trained" in ended.err

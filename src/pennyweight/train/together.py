@@ -76,7 +76,9 @@ def _tried(shares: Sequence[Share]) -> Found | None:
         release_cached(shares[0][0].base.device)
         return None
     gradients = [g for _, _, own in found for g in own if g is not None]
-    measured = torch.stack([*totals, *(n.to(totals[0].dtype) for n in torch._foreach_norm(gradients))])
+    measured = torch.stack(
+        [*totals, *(n.to(totals[0].dtype) for n in torch._foreach_norm(gradients))]
+    )
     return found if bool(measured.isfinite().all()) else None
 
 
