@@ -18,6 +18,8 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Real models would be kept, quantized, in the user's own cache.
+os.environ.setdefault("PENNYWEIGHT_BASE_CACHE", "off")
 # Outside the person's home; the list of fonts takes seconds to make, so it stays from run to run.
 os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir()) / "pennyweight-matplotlib"))
 

@@ -197,6 +197,16 @@ def _folders() -> Iterator[Check]:
         yield Check(f"folder {name}", ok, f"{folder}: {_gb(free)} free{state}", mend)
 
 
+def _bases() -> Iterator[Check]:
+    """Quantized bases kept from earlier starts: how much room they take, and how to have it back."""
+    from pennyweight.model.cache import LIMIT, cache_folder, kept_bases, limit_bytes
+
+    kept, limit = kept_bases(), limit_bytes()
+    said = f"{len(kept)} in {cache_folder()}, {_gb(sum(kept.values()))} of at most {_gb(limit)}"
+    mend = f"delete the folder to have the room back; {LIMIT}=off keeps none" if kept else ""
+    yield Check("quantized bases", True, said if limit else f"none are kept: {LIMIT} is off", mend)
+
+
 def _cache_folder() -> Path:
     named = os.environ.get("PENNYWEIGHT_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "pennyweight"
@@ -229,4 +239,15 @@ def _gb(size: float) -> str:
     return f"{size / _GIGABYTE:,.1f} GB"
 
 
-_LOOKS = (_python, _versions, _devices, _processor, _kernels, _memory, _folders, _hub, _extras)
+_LOOKS = (
+    _python,
+    _versions,
+    _devices,
+    _processor,
+    _kernels,
+    _memory,
+    _folders,
+    _bases,
+    _hub,
+    _extras,
+)

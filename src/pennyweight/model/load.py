@@ -24,6 +24,7 @@ from pennyweight.blocks import HostEmbedding, stand_in
 from pennyweight.config import BaseConfig
 from pennyweight.errors import MemoryExhausted, ModelError, PennyweightError
 from pennyweight.foreign import ForeignError, file_in, read_json
+from pennyweight.model.cache import KeptBase
 from pennyweight.model.folder import (
     find_folder,
     first_line,
@@ -33,7 +34,12 @@ from pennyweight.model.folder import (
     weight_files,
 )
 from pennyweight.model.resident import BaseModel, check_head
-from pennyweight.model.storage import Storage, StreamConfig, StreamQuantizer
+from pennyweight.model.storage import (
+    Storage,
+    StreamConfig,
+    StreamQuantizer,
+    quantized_layers,
+)
 
 __all__ = ["load_base", "outlined", "register", "resolve_device", "resolve_dtype", "stop_ids"]
 
@@ -60,8 +66,18 @@ def load_base(config: BaseConfig, *, trainable: bool = False) -> BaseModel:
     store = Storage(config.quantization, config.double_quantization, device)
     _refuse_more_than_stored(hf_config, folder)
     tensors = _lazy_tensors(folder)
+    kept = None
     if stored is not None:
         tensors = store.take_prequantized(tensors, _transposed(hf_config))
+    elif config.quantization in ("nf4", "fp4"):
+        kept = KeptBase.of(
+            folder,
+            quantization=config.quantization,
+            double_quantization=config.double_quantization,
+            device=device,
+        )
+        prefix = model_class(hf_config).base_model_prefix
+        tensors = store.take_kept(tensors, kept.read(), prefix=prefix, dtype=dtype)
     module = _read(
         hf_config,
         tensors,
@@ -69,6 +85,8 @@ def load_base(config: BaseConfig, *, trainable: bool = False) -> BaseModel:
         torch.float32 if trainable else dtype,
         host_embedding=config.embedding_device == "host",
     )
+    if kept is not None and not store.from_cache:
+        kept.write(quantized_layers(module))
     module.requires_grad_(trainable)
     module.eval()
     stand_in(module)

@@ -7,7 +7,7 @@ stands in memory whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from pennyweight.quant import (
     quantize_8bit,
 )
 
-__all__ = ["Storage", "StreamConfig", "StreamQuantizer"]
+__all__ = ["Storage", "StreamConfig", "StreamQuantizer", "quantized_layers"]
 
 
 class Storage:
@@ -43,6 +43,7 @@ class Storage:
         self.stored: dict[str, Quantized4Bit | Quantized8Bit] = {}
         self.held: dict[str, Quantized4Bit | Quantized8Bit] = {}
         self.faults: list[str] = []
+        self.from_cache = False
 
     def take_prequantized(
         self, tensors: dict[str, Any], transposed: Collection[str] = ()
@@ -74,6 +75,30 @@ class Storage:
                 self.stored[f"{root}.weight"] = value
                 plain[f"{root}.weight"] = torch.zeros(shape[::-1] if root in transposed else shape)
         return plain
+
+    def take_kept(
+        self,
+        tensors: dict[str, Any],
+        kept: Mapping[str, Quantized4Bit],
+        *,
+        prefix: str,
+        dtype: torch.dtype,
+    ) -> dict[str, Any]:
+        """Let values quantized on an earlier start stand in for their weights, which are not read.
+
+        A file may leave out the model's prefix; where a weight has another name still, all are read.
+        """
+        files = {key: _in_file(key, tensors, prefix) for key in kept}
+        if not kept or None in files.values():
+            return tensors
+        stand_ins = {
+            name: torch.zeros((), dtype=dtype).expand(tuple(tensors[name].get_shape()))
+            for name in files.values()
+            if name is not None
+        }
+        self.stored |= kept
+        self.from_cache = True
+        return tensors | stand_ins
 
     def hold(self, key: str, weight: Tensor, layer: nn.Module) -> None:
         """Keep the weight `[out, in]` named `key` in the storage asked for; faults are collected."""
@@ -188,9 +213,22 @@ class _Quantize(ConversionOps):
             weight = given[0] if isinstance(given, list) else given
             layer = model.get_submodule(key.removesuffix(".weight"))
             transposed = type(layer).__name__ == "Conv1D"
-            self.store.hold(key, weight.T.contiguous() if transposed else weight, layer)
+            self.store.hold(key, weight.T if transposed else weight, layer)
             empty[key] = nn.Parameter(weight.new_empty(0), requires_grad=False)
         return empty
+
+
+def quantized_layers(module: nn.Module) -> dict[str, Quantized4Bit]:
+    """The 4-bit weights of a model by name."""
+    found = {
+        f"{n}.weight": m.value for n, m in module.named_modules() if isinstance(m, QuantizedLinear)
+    }
+    return {name: value for name, value in found.items() if isinstance(value, Quantized4Bit)}
+
+
+def _in_file(key: str, tensors: Collection[str], prefix: str) -> str | None:
+    short = key.removeprefix(f"{prefix}.")
+    return key if key in tensors else short if short in tensors else None
 
 
 def _dense(value: Quantized4Bit | Quantized8Bit) -> Tensor:
