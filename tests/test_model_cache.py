@@ -168,7 +168,7 @@ def test_the_entry_used_longest_ago_makes_room(
     first, second = cache.kept_bases()
     os.utime(first / "manifest.json")
     size = max(cache.kept_bases().values())
-    monkeypatch.setenv(cache.LIMIT, f"{2.5 * size / 1e9:.9f}")
+    monkeypatch.setenv(cache.LIMIT, f"{2.1 * size / 1e9:.9f}")
     loaded(folder, double_quantization=False)
     left = set(cache.kept_bases())
     assert first in left
