@@ -265,7 +265,7 @@ def test_a_file_in_use_stays_until_its_job_has_ended(
     service = started(jobs={"live_per_key": 1})
     client = client_of(service)
     file = upload(client, rows())
-    job = create(client, training_file=file, train={"max_steps": 6})
+    job = create(client, training_file=file, train={"max_steps": 60})
     assert client.delete(f"/v1/files/{file}").json()["deleted"] is True
     folder = service.settings.data_path / "files" / file
     assert folder.is_dir()
