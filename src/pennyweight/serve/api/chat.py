@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -262,7 +263,7 @@ def _usage(answer: Answer) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-class _Shape:
+class _Shape(ABC):
     """How one kind of completion is written."""
 
     prefix, whole, streamed = "", "", ""
@@ -279,13 +280,15 @@ class _Shape:
     def first(self, at: int) -> dict[str, Any] | None:
         return None
 
+    @abstractmethod
     def choice(
         self, at: int, text: str, tokens: list[Likely] | None, finish: str
     ) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole answer."""
 
+    @abstractmethod
     def delta(self, part: Part, logprobs: bool) -> dict[str, Any]:
-        raise NotImplementedError
+        """A piece of one."""
 
 
 class _Chat(_Shape):
