@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pennyweight.cli import verbs
 from pennyweight.cli.adapters import adapters
+from pennyweight.cli.app import app
 from pennyweight.cli.ending import run_command
-from pennyweight.cli.verbs import app
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "verbs"]
 
 app.add_typer(adapters)
 
