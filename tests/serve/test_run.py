@@ -62,14 +62,21 @@ def test_two_servers_never_write_to_one_folder(tmp_path: Path) -> None:
 
 def test_what_is_printed_can_be_typed(tmp_path: Path) -> None:
     made = Keys({"default": "k" * 20}, made_in=tmp_path / "api_key")
-    said = running._welcome(ServeSettings(port=0), made, "k" * 20, 8123)
+    said = running._welcome(
+        ServeSettings(port=0), made, "k" * 20, running._address("127.0.0.1", 8123)
+    )
     assert said[0].startswith("key: kkk")
     assert "http://127.0.0.1:8123/v1/chat/completions" in said[1]
     assert f'Bearer {"k" * 20}"' in said[1]
     compile(said[2], "said", "exec")
     assert said[-1] == "serving builtin at http://127.0.0.1:8123"
     given = "\n".join(
-        running._welcome(ServeSettings(), Keys({"a": "k" * 20}), "$PENNYWEIGHT_API_KEY", 1)
+        running._welcome(
+            ServeSettings(),
+            Keys({"a": "k" * 20}),
+            "$PENNYWEIGHT_API_KEY",
+            running._address("::1", 1),
+        )
     )
     assert "k" * 20 not in given
 

@@ -20,8 +20,14 @@ __all__ = ["serve"]
 NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-multipart"}
 
 
-def serve(settings: ServeSettings, say: Callable[[str], object] | None = None) -> None:
+def serve(
+    settings: ServeSettings,
+    say: Callable[[str], object] | None = None,
+    ready: Callable[[dict[str, Any]], object] | None = None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C; what was under way then is finished or saved.
+
+    `ready` is given address, base, key and data folder once it listens; without it they are said.
 
     ConfigError: another server writes to the same data folder, the address is not to be had, or the
     extra `serve` is not installed.
@@ -35,10 +41,16 @@ def serve(settings: ServeSettings, say: Callable[[str], object] | None = None) -
     os.environ.setdefault("PENNYWEIGHT_CACHE", str(data / "cache"))
     keys, shown = find_keys(settings.keys, data)
     _refuse_open(settings, keys)
-    _serve(settings, keys, shown, say)
+    _serve(settings, keys, shown, say, ready)
 
 
-def _serve(settings: ServeSettings, keys: Keys, shown: str, say: Callable[[str], object]) -> None:
+def _serve(
+    settings: ServeSettings,
+    keys: Keys,
+    shown: str,
+    say: Callable[[str], object],
+    ready: Callable[[dict[str, Any]], object] | None,
+) -> None:
     from pennyweight.model import load_base
     from pennyweight.serve.api import create_app
     from pennyweight.serve.listening import bound, listening
@@ -62,9 +74,13 @@ def _serve(settings: ServeSettings, keys: Keys, shown: str, say: Callable[[str],
             drain_seconds=settings.drain_seconds,
             on_stop=service.drain,
         )
-        for line in _welcome(settings, keys, shown, port):
-            say(line)
-        began = time.monotonic()
+        address = _address(settings.host, port)
+        if ready is None:
+            for line in _welcome(settings, keys, shown, address):
+                say(line)
+        else:
+            about = {"address": address, "base": settings.base_id, "key": shown}
+            ready({**about, "data_dir": str(settings.data_path)})
         try:
             server.run(sockets=[socket])
         finally:
@@ -96,9 +112,11 @@ def _refuse_open(settings: ServeSettings, keys: Keys) -> None:
         )
 
 
-def _welcome(settings: ServeSettings, keys: Keys, shown: str, port: int) -> list[str]:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{host}:{port}"
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _welcome(settings: ServeSettings, keys: Keys, shown: str, address: str) -> list[str]:
     made = [] if keys.made_in is None else [f"key: {shown} (kept in {keys.made_in})"]
     python = f'os.environ["{shown[1:]}"]' if shown.startswith("$") else f'"{shown}"'
     body = (

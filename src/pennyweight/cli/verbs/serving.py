@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from pennyweight.cli import show
 from pennyweight.cli.app import app
 from pennyweight.cli.ending import not_begun
 
@@ -34,6 +35,9 @@ def serve(
         Path | None, typer.Option(help="Where jobs and adapters are kept; runs/serve.")
     ] = None,
     keys: Annotated[Path | None, typer.Option(help="A file of keys, `NAME KEY` a line.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Address, base and key as JSON, once it listens.")
+    ] = False,
 ) -> None:
     """Serve a base and its adapters over OpenAI's API, and train more beside them.
 
@@ -51,5 +55,10 @@ def serve(
         "data_dir": None if data_dir is None else str(data_dir),
         "keys": None if keys is None else str(keys),
     }
-    with not_begun():
-        run_server(load_settings(config, {k: v for k, v in given.items() if v is not None}))
+    with show.Printer(as_json) as printer, not_begun():
+        settings = load_settings(config, {k: v for k, v in given.items() if v is not None})
+
+        def told(about: dict[str, Any]) -> None:
+            printer.give(about, lambda: "")
+
+        run_server(settings, ready=told if as_json else None)
