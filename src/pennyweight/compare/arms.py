@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pennyweight.config import CompareConfig, LoraConfig, Method, RunConfig, resolve
 from pennyweight.errors import ConfigError
-from pennyweight.finetune.run import FREE_TO_CHANGE, SHAPES_THE_RUN
+from pennyweight.finetune.shaping import shaping
 
 __all__ = ["Arm", "arms_of", "differences", "refuse_useless", "run_of", "unquantized"]
 
@@ -85,7 +85,7 @@ def unquantized(config: RunConfig) -> RunConfig:
 
 def differences(then: RunConfig, now: RunConfig) -> list[str]:
     """`train.max_steps: 400 then, 200 now` for each setting that shapes a run and has changed."""
-    old, new = _shaping(then), _shaping(now)
+    old, new = shaping(then), shaping(now)
     return [
         f"{key}: {old.get(key)} then, {new.get(key)} now"
         for key in sorted(old.keys() | new.keys())
@@ -112,23 +112,6 @@ def _adapter(config: RunConfig, arm: Arm) -> LoraConfig:
         return own
     alpha = own.lora_alpha if own.use_rslora else own.lora_alpha * arm.rank / own.r
     return own.model_copy(update={"r": arm.rank, "lora_alpha": alpha})
-
-
-def _shaping(config: RunConfig) -> dict[str, str]:
-    flat = _flat(config.model_dump(mode="json"))
-    return {
-        key: repr(value)
-        for key, value in flat
-        if key.startswith(SHAPES_THE_RUN) and key not in FREE_TO_CHANGE
-    }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def refuse_useless(config: RunConfig) -> None:

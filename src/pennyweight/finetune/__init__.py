@@ -20,7 +20,8 @@ from pennyweight.finetune.beat import Beat, Beats, at_once, outcome, timed
 from pennyweight.finetune.learner import require_this_base
 from pennyweight.finetune.parity import parity, parity_of
 from pennyweight.finetune.rehearsal import corrected, rehearse
-from pennyweight.finetune.run import Run, RunResult, data_size, day_of, stop_id
+from pennyweight.finetune.result import RunResult
+from pennyweight.finetune.run import Run, data_size, day_of, stop_id
 from pennyweight.finetune.seen import Seen, look
 from pennyweight.model import BaseModel, load_base, load_tokenizer, stop_ids
 from pennyweight.plan import FIRST_USE_BYTES, named_device, plan, resident_bytes

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,12 +11,13 @@ from torch import nn
 from pennyweight.config import RunConfig
 from pennyweight.data.batch import Batch, collate
 from pennyweight.data.examples import Examples
-from pennyweight.data.limits import LIMITS
 from pennyweight.data.prepare import Prepared
 from pennyweight.errors import DiskError, Interrupted
 from pennyweight.evaluate import LossReport, in_batches, loss_by_batch, paired, read_by
 from pennyweight.finetune.beat import Beat, Beats, at_once
 from pennyweight.finetune.learner import micro_batches, trainee, warmup_steps, what_learns
+from pennyweight.finetune.result import RunResult
+from pennyweight.finetune.shaping import shaping
 from pennyweight.finetune.tally import Tally
 from pennyweight.lora import detach
 from pennyweight.model import BaseModel
@@ -41,47 +41,10 @@ from pennyweight.train import (
     save,
 )
 
-__all__ = ["Run", "RunResult", "data_size", "day_of", "stop_id"]
+__all__ = ["Run", "data_size", "day_of", "stop_id"]
 
-# Settings that shape what is learned, or which step of it is best.
-SHAPES_THE_RUN = ("base.", "adapter.", "data.", "train.", "seed", "evaluate.max_rows")
 # Tokens evaluated at once, as long as memory does.
 EVALUATION_TOKENS = 4096
-# Settings that may change between a run and its resumption: they do not touch what is learned.
-FREE_TO_CHANGE = frozenset(
-    {
-        "train.logging_steps",
-        "train.save_steps",
-        "train.save_total_limit",
-        "train.report_to",
-        "base.device",
-        "base.attention",
-        *(f"data.{limit}" for limit in LIMITS),
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What a run came to. Losses in nats per trained token of the held-out rows, None without any."""
-
-    output_dir: str
-    steps: int
-    best_step: int
-    trained_tokens: int
-    train_seconds: float
-    seconds_to_first_step: float
-    loss_before: float | None
-    loss_after: float | None
-    loss_change: dict[str, Any] | None
-    peak_memory_bytes: int | None
-    planned_peak_bytes: int
-    trained_parameters: int
-    resumed_from: int | None
-    notices: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Run:
@@ -348,10 +311,7 @@ class Run:
         """What a checkpoint must share with the run that takes it up."""
         parts = {"base": self.base.fingerprint}
         parts |= {f"data, {name}": digest for name, digest in self.data.made_of.items()}
-        for key, value in _flat(self.config.model_dump(mode="json")):
-            if key.startswith(SHAPES_THE_RUN) and key not in FREE_TO_CHANGE:
-                parts[key] = repr(value)
-        return parts
+        return parts | shaping(self.config)
 
     def notice(self, text: str) -> None:
         self.notices.append(text)
@@ -434,11 +394,3 @@ def day_of(folder: RunFolder) -> str | None:
 def stop_id(base: BaseModel) -> int | None:
     """What ends a document where the template names nothing: the model's own first stop token."""
     return base.stop_ids[0] if base.stop_ids else None
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
