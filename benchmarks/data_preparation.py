@@ -2,9 +2,9 @@
 
     python -m benchmarks.data_preparation [--rows 50000] [--rounds 3] [--tokenizer FOLDER]
 
-Rows are sentences of Python's own manual, drawn by a seed. TRL gets them already as conversational prompt and completion, for two
-processes (its best here) and as it does by default; here they are read as Alpaca rows, hashed,
-rendered, checked row by row and stored as well. Both begin with an empty cache. The gate: of 300
+Rows are sentences of Python's own manual, drawn by a seed. TRL gets them already as conversational
+prompt and completion, in two processes and as it does by default, and the quicker of these counts;
+here they are read as Alpaca rows, hashed, rendered, checked row by row and stored as well. Both begin with an empty cache. The gate: of 300
 rows, the ids here are TRL's without what its template prints after the stop token, and the same of
 them are trained.
 """
