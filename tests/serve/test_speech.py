@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pennyweight.data.chat import Renderer
@@ -22,6 +22,8 @@ texts = st.text(alphabet="the answer ÄÖ€😀\n", max_size=40)
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(text=texts, stops=st.lists(st.text("the a😀\n", min_size=1, max_size=4), max_size=3))
+@example(text=" aa", stops=["a", " aa"])  # the shorter is whole first
+@example(text=" a", stops=["a", " a"])  # both at once: the longer
 def test_what_is_told_is_the_text_up_to_the_first_stop(
     renderer: Renderer, text: str, stops: list[str]
 ) -> None:
@@ -33,8 +35,8 @@ def test_what_is_told_is_the_text_up_to_the_first_stop(
         told.append(speech.add([token]))
         assert "\N{REPLACEMENT CHARACTER}" not in told[-1]
     told.append(speech.end())
-    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
-    assert "".join(told) == (text[: min(ends)] if ends else text)
+    ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    assert "".join(told) == (text[: min(ends)[1]] if ends else text)
     assert speech.stopped == bool(ends)
 
 

@@ -18,10 +18,8 @@ class Speech:
     def __init__(self, renderer: Renderer, stops: Sequence[str] = ()) -> None:
         self._renderer, self._stops = renderer, [stop for stop in stops if stop]
         self._ids: list[int] = []
-        self._from, self._told = (
-            0,
-            0,
-        )  # decoded is ids[from:], and the text of ids[from:told] is told
+        # What is decoded is ids[from:], and the text of ids[from:told] is told.
+        self._from, self._told = 0, 0
         self._held = ""
         self.stopped = False
 
@@ -53,12 +51,16 @@ class Speech:
         return text if self.stopped else text + held
 
     def _through_stops(self, piece: str) -> str:
-        """The text without what might be the beginning of a stop text."""
+        """The text without what might be the beginning of a stop text.
+
+        The stop that is whole first ends it, and of those that end together the longest, so that
+        how the text came in pieces does not matter.
+        """
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         kept = max(
             (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,
