@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,19 @@ def test_it_is_measured_once_for_a_method_and_a_machine(
     (tmp_path / "machine.json").write_text('{"x": {"flops": 1}}')  # of another version, or torn
     calibrated(cpu, config, cache=tmp_path)
     assert len(asked) == 4
+
+
+def test_what_a_busy_machine_gave_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [replace(FOUND, long_s=8.0, waited=0.5), FOUND, replace(FOUND, long_s=80.0)]
+    monkeypatch.setattr(calibrate, "_in_a_process", lambda method: found.pop(0))
+    cpu, config = named_device("cpu"), calibrate._described("lora")
+    busy = calibrated(cpu, config, cache=tmp_path)
+    idle = calibrated(cpu, config, cache=tmp_path)
+    assert busy != idle
+    assert calibrated(cpu, config, cache=tmp_path) == idle
+    assert len(found) == 1
 
 
 def test_other_devices_and_what_cannot_be_measured_stay_as_they_are(

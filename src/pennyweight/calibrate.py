@@ -1,4 +1,5 @@
-"""What this machine takes and gives a run, measured once on the built-in model, for `plan`.
+"""What this machine takes and gives a run, measured on the built-in model, for `plan`; once, unless
+other work disturbed it.
 
 Products, dequantization and two training steps, a short and a long one, are timed in a process of
 its own, which also tells what it holds beside tensors. The two steps give what a plan cannot know
@@ -28,22 +29,28 @@ __all__ = ["Measured", "calibrated"]
 
 SHORT, LONG = 64, 1024
 LONGEST_S = 180.0
+# Of the time that threads ran, how much they may have waited for a processor: 0 on an idle machine.
+MOST_WAITED = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """`process_bytes`: resident beside tensors. `flops`, `dequantized`: float32 operations and
-    weights a second. `short_s`, `long_s`: a step of SHORT and of LONG tokens, built-in model."""
+    weights a second. `short_s`, `long_s`: a step of SHORT and of LONG tokens, built-in model.
+    `waited`: seconds its threads waited for a processor, over those they ran."""
 
     process_bytes: int | None
     flops: float
     dequantized: float
     short_s: float
     long_s: float
+    waited: float = 0.0
 
 
 def calibrated(device: Device, config: RunConfig, *, cache: Path | None = None) -> Device:
     """The processor of this machine with what was measured of it, now or earlier.
+
+    What was measured while the machine was busy counts this time, and is measured again the next.
 
     Other devices, and a machine on which nothing could be measured, are given back as they are.
     `cache`: default `$PENNYWEIGHT_CACHE`, else `~/.cache/pennyweight`.
@@ -61,7 +68,8 @@ def calibrated(device: Device, config: RunConfig, *, cache: Path | None = None) 
         if found is None:
             return device
         known[key] = asdict(found)
-        _keep(file, known)
+        if found.waited <= MOST_WAITED:
+            _keep(file, known)
     measured = Measured(**known[key])
     told = replace(
         device,
@@ -178,7 +186,17 @@ def measure(method: Method) -> Measured:
         dequantized=_dequantized(right),
         short_s=short_s,
         long_s=_fastest(lambda: step(LONG), 2),
+        waited=_waited(),
     )
+
+
+def _waited() -> float:
+    """Of this process's threads so far, on Linux; 0 where the system does not tell."""
+    ran = waited = 0
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        on_it, for_it, _ = map(int, thread.read_text().split())
+        ran, waited = ran + on_it, waited + for_it
+    return waited / ran if ran else 0.0
 
 
 def _dequantized(weight: Any) -> float:
