@@ -7,13 +7,14 @@ buffers of the same memory. What a page holds never depends on where it lies.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pennyweight.side_stream import SideStream
 
 __all__ = ["Page", "Pager", "Slot"]
 
@@ -67,7 +68,7 @@ class Pager:
         self.pages, self.device = list(pages), device
         self.resident_bytes = resident_bytes
         self.moved_bytes = 0
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = SideStream(device)
         staying = 0
         for page in self.pages:
             staying += page.bytes
@@ -87,21 +88,19 @@ class Pager:
             return
         page = self.pages[place]
         assert page.host is not None
-        with self._beside():
+        with self._side.copying():
             page.here = torch.empty(page.bytes, dtype=torch.uint8, device=self.device)
             page.here.copy_(page.host, non_blocking=True)
         self.moved_bytes += page.bytes
-        if self.stream is not None:
-            page.arrived = self.stream.record_event()
+        page.arrived = self._side.reached()
 
     def using(self, place: int) -> Page:
         """The page, on the device and ready, with the one after it on its way."""
         self.fetch(place)
         self.fetch(place + 1)
         page = self.pages[place]
-        if page.arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(page.arrived)
-            page.arrived = None
+        self._side.wait(page.arrived)
+        page.arrived = None
         return page
 
     def used(self, place: int) -> None:
@@ -122,36 +121,22 @@ class Pager:
         for page in self.pages:
             if page.here is not None:
                 self._leave(page)
-        if self.stream is not None:
-            self.stream.synchronize()
+        self.settle()
         return freed
 
     def _leave(self, page: Page) -> None:
         assert page.here is not None
         if page.host is None:
             page.host = self._host_buffer(page)
-        with self._beside():
+        with self._side.copying():
             page.host.copy_(page.here, non_blocking=True)
-        if self.stream is not None:
-            page.here.record_stream(self.stream)
+        self._side.reads(page.here)
         self.moved_bytes += page.bytes
         page.here, page.arrived = None, None
 
     def settle(self) -> None:
         """Wait until what lies in host memory can be read there."""
-        if self.stream is not None:
-            self.stream.synchronize()
+        self._side.settle()
 
     def _host_buffer(self, page: Page) -> Tensor:
-        pinned = self.device.type == "cuda"
-        return torch.zeros(page.bytes, dtype=torch.uint8, pin_memory=pinned)
-
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the copies' own stream, once what was asked of the device before is done."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
+        return self._side.host_buffer(page.bytes, torch.uint8)

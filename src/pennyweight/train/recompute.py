@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pennyweight.model import BaseModel
 from pennyweight.route import Route
+from pennyweight.side_stream import SideStream
 
 __all__ = [
     "HostStore",
@@ -188,7 +189,7 @@ class HostStore:
 
     def __init__(self, device: torch.device, *, width: int) -> None:
         self.device, self.width = device, width
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = SideStream(device)
         self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self.held_bytes = 0
         self._leaving: deque[tuple[Tensor, Any]] = deque()
@@ -207,10 +208,10 @@ class HostStore:
             return tensor
         waiting = self.free.setdefault((tensor.shape, tensor.dtype), [])
         host = waiting.pop() if waiting else self._buffer(tensor)
-        with self._beside():
+        with self._side.copying():
             host.copy_(tensor, non_blocking=True)
-        if self.stream is not None:
-            self._leaving.append((tensor, self.stream.record_event()))
+        if (copied := self._side.reached()) is not None:
+            self._leaving.append((tensor, copied))
             self._let_go(but=2)
         parked = _Parked(self, host, len(self._parked))
         self._parked.append(weakref.ref(parked))
@@ -226,41 +227,29 @@ class HostStore:
         assert parked.here is not None
         tensor, arrived = parked.here
         parked.here = None
+        self._side.wait(arrived)
         if arrived is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(arrived)
-            tensor.record_stream(stream)
+            tensor.record_stream(torch.cuda.current_stream(self.device))
         return tensor
 
     def _let_go(self, *, but: int) -> None:
         """Drop what has left the device, once it has, but for the last few."""
         while len(self._leaving) > but:
             _, copied = self._leaving.popleft()
-            torch.cuda.current_stream(self.device).wait_event(copied)
+            self._side.wait(copied)
 
     def _send_back(self, parked: _Parked) -> None:
         """Begin to copy it to the device, unless it is on its way."""
         if parked.here is not None:
             return
-        with self._beside():
+        with self._side.copying():
             tensor = torch.empty(parked.host.shape, dtype=parked.host.dtype, device=self.device)
             tensor.copy_(parked.host, non_blocking=True)
-        parked.here = tensor, None if self.stream is None else self.stream.record_event()
-
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the copies' own stream, once what was asked of the device before is done."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
+        parked.here = tensor, self._side.reached()
 
     def _buffer(self, like: Tensor) -> Tensor:
         self.held_bytes += like.nbytes
-        pinned = self.device.type == "cuda"
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
+        return self._side.host_buffer(like.shape, like.dtype)
 
 
 class _Parked:
