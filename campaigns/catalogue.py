@@ -50,8 +50,8 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     ),
     Campaign(
         "resume",
-        "every cut, accumulation 1, 2, 4, packing on and off, chained: the same bits",
-        48,
+        "every cut, accumulation 1, 2, 4, packing on and off, 8-bit and paged, chained: the same bits",
+        64,
         2,
         "campaigns.resume:run",
     ),

@@ -1,7 +1,8 @@
 """Resumed = uninterrupted, to the bit: adapter, optimizer, metric log.
 
-Every cut of a run of several epochs, with accumulation 1, 2 and 4, with packing and without, and one
-chain of resumes through all cuts. Each leg is a process of its own.
+Every cut of a run of several epochs, with accumulation 1, 2 and 4, with packing and without, with
+moments in 32 and in 8 bits, paged too, and one chain of resumes through all cuts. Each leg is a
+process of its own.
 """
 
 from __future__ import annotations
@@ -19,25 +20,34 @@ from campaigns.tally import Tally
 
 __all__ = ["run"]
 
-ACCUMULATIONS = (1, 2, 4)
+Setting = tuple[str, bool, int]
+SETTINGS: list[Setting] = [
+    *(("adamw_torch", packing, count) for packing in (True, False) for count in (1, 2, 4)),
+    ("adamw_8bit", True, 2),
+    ("paged_adamw_8bit", False, 2),
+]
 
 
 def run(tally: Tally, cases: int | None) -> None:
     world = World.made(tally.folder)
-    settings = [(packing, count) for packing in (True, False) for count in ACCUMULATIONS]
-    cuts = {(setting, step) for setting in settings for step in range(1, STEPS)}
+    cuts = {(setting, step) for setting in SETTINGS for step in range(1, STEPS)}
     if cases is not None:
         cuts = set(random.Random(0).sample(sorted(cuts), min(cases, len(cuts))))
-    for packing, accumulation in settings:
-        name = f"{'packed' if packing else 'unpacked'}-{accumulation}"
+    for setting in SETTINGS:
+        optim, packing, accumulation = setting
+        name = f"{optim}-{'packed' if packing else 'unpacked'}-{accumulation}"
         shape: dict[str, object] = {
             "data__packing": packing,
             "train__gradient_accumulation_steps": accumulation,
+            "train__optim": optim,
         }
+        if "8bit" in optim:
+            # So wide that its moments are held in 8 bits.
+            shape["adapter"] = {"r": 128, "lora_dropout": 0.1}
         if not packing:
             shape |= {"train__tokens_per_step": None, "train__batch_size": 3}
-        chained = cases is None or (packing, accumulation) == (True, 2)
-        mine = [step for setting, step in sorted(cuts) if setting == (packing, accumulation)]
+        chained = cases is None or setting == ("adamw_torch", True, 2)
+        mine = [step for cut, step in sorted(cuts) if cut == setting]
         if not mine and not chained:
             continue
         expected = world.whole(world.describe(f"{name}-whole", **shape))
