@@ -132,6 +132,19 @@ def test_an_override_does_not_hide_a_fault_of_the_file(tmp_path: Path) -> None:
     ]
 
 
+def test_an_override_takes_the_place_of_what_it_excludes(tmp_path: Path) -> None:
+    path = write(tmp_path, "train:\n  epochs: 2\n  batch_size: 4\n")
+    shorter = load_run(path, ["train.max_steps=5", "train.tokens_per_step=4096"])
+    assert (shorter.config.train.max_steps, shorter.config.train.tokens_per_step) == (5, 4096)
+    assert shorter.origin["train.epochs"] == shorter.origin["train.batch_size"] == "default"
+    same = load_run(path, ["train.max_steps=null"])
+    assert (same.config.train.epochs, same.config.train.max_steps) == (2.0, None)
+    (fault,) = faults_of(path, "train.max_steps=5", "train.epochs=1")
+    assert "remove one of the two" in fault
+    by_steps = write(tmp_path, "train: {max_steps: 7}\n")
+    assert load_run(by_steps, ["train.epochs=3"]).config.train.max_steps is None
+
+
 def test_a_table_can_be_filled_from_the_command_line(tmp_path: Path) -> None:
     run = load_run(write(tmp_path, "data: {columns: {prompt: a}}"), ["data.columns.completion=b"])
     assert run.config.data.columns == {"prompt": "a", "completion": "b"}

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pennyweight.config.document import Path, read_document, spell
 from pennyweight.config.keys import GROUPS, KEYS, accepts, names_in, nearest_key
-from pennyweight.config.rules import broken_rules, origins, resolve
+from pennyweight.config.rules import REPLACES, broken_rules, origins, resolve
 from pennyweight.config.schema import RunConfig, Source
 from pennyweight.config.variants import variant_faults
 from pennyweight.errors import ConfigError
@@ -49,6 +49,7 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loa
     for override in overrides:
         found.override(tree, override)
     found.refuse_unknown(tree)
+    found.give_way(tree)
     run = found.validate(tree)
     if found.faults or run is None:
         raise ConfigError.all(found.said())
@@ -148,6 +149,21 @@ class _Findings:
             inner = here.get(str(part))
             here[str(part)] = here = inner if isinstance(inner, dict) else {}
         here[str(path[-1])] = document.tree
+
+    def give_way(self, tree: dict[str, Any]) -> None:
+        """Take out of the tree what the command line put another setting in place of."""
+        for pair in REPLACES:
+            for new, old in (pair, pair[::-1]):
+                group, name = old.split(".")
+                inside = tree.get(group, {})
+                given = inside.get(new.split(".")[1]) is not None
+                if (
+                    given
+                    and _path_of(new) in self.overridden
+                    and _path_of(old) not in self.overridden
+                ):
+                    inside.pop(name, None)
+                    self.lines.pop((group, name), None)
 
     def _on_command_line(self, message: str) -> None:
         self._say_at(10**9, f"command line: {message}")

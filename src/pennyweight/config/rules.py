@@ -16,7 +16,7 @@ from pennyweight.config.schema import RunConfig, Source
 from pennyweight.errors import AdapterError, ConfigError
 from pennyweight.patterns import pattern
 
-__all__ = ["RULES", "Rule", "broken_rules", "given_keys", "origins", "resolve"]
+__all__ = ["REPLACES", "RULES", "Rule", "broken_rules", "given_keys", "origins", "resolve"]
 
 Given = frozenset[str]
 
@@ -63,6 +63,14 @@ def _names_no_arm(run: RunConfig) -> bool:
 def _nothing_held_out(run: RunConfig) -> bool:
     return run.data.eval is None and run.data.eval_fraction == 0
 
+
+REPLACES: tuple[tuple[str, str], ...] = (
+    ("train.max_steps", "train.epochs"),
+    ("train.tokens_per_step", "train.batch_size"),
+)
+"""Pairs of which one alone can count. Given on the command line, either takes the place of the other
+in the file; given together in one place they are refused.
+"""
 
 RULES: tuple[Rule, ...] = (
     Rule(

@@ -230,7 +230,7 @@ class TrainConfig(_Frozen):
     """Peak step size. None: 2e-4 for adapters, 2e-5 for full."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the data; ignored when `max_steps` is given."""
+    """Passes over the data; `max_steps` is given in its place."""
 
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps in all."""
