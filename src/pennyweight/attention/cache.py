@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pennyweight.budget import MemoryBudget
 
-__all__ = ["KVCache", "shelf_tokens"]
+__all__ = ["KEYS_AND_VALUES", "KVCache", "shelf_tokens"]
 
 LEAST_SHELF_TOKENS = 64
-PURPOSE = "keys and values"
+KEYS_AND_VALUES = "keys and values"
 
 
 def shelf_tokens(tokens: int) -> int:
@@ -232,6 +232,13 @@ class KVCache:
         self._places.pop()
         self.lengths.pop()
 
+    def clear(self) -> None:
+        """Forget every row at once, and give back what was reserved."""
+        if self._budget is not None:
+            tokens = sum(shelf.slots * shelf.capacity for shelf in self._shelves.values())
+            self._budget.release(KEYS_AND_VALUES, tokens * self._bytes_per_token)
+        self.lengths, self._shelves, self._places, self._reading = [], {}, [], None
+
     def write(
         self,
         layer: int,
@@ -284,7 +291,7 @@ class KVCache:
         double = max(1, min(shelf.slots, self.most_rows - shelf.slots))
         for more in (double, 1):
             wanted = more * shelf.capacity * self._bytes_per_token
-            if self._budget is None or self._budget.reserve(PURPOSE, wanted):
+            if self._budget is None or self._budget.reserve(KEYS_AND_VALUES, wanted):
                 shelf.slots += more
                 return True
         return False
@@ -303,12 +310,13 @@ class KVCache:
             shelf.slots = 0
             del self._shelves[shelf.capacity]
         elif len(shelf.rows) <= slots // 4:
-            shelf.slots = slots // 2
+            half = slots // 2
             for layer, pair in shelf.layers.items():
-                shelf.layers[layer] = pair[0][: shelf.slots].clone(), pair[1][: shelf.slots].clone()
+                shelf.layers[layer] = pair[0][:half].clone(), pair[1][:half].clone()
+            shelf.slots = half
         if self._budget is not None:
             freed = (slots - shelf.slots) * shelf.capacity * self._bytes_per_token
-            self._budget.release(PURPOSE, freed)
+            self._budget.release(KEYS_AND_VALUES, freed)
 
     def _wipe(self, shelf: _Shelf, slot: int, tokens: int) -> None:
         """Zeros again: a row that diverged must leave no NaN to the next."""

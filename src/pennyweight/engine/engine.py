@@ -39,6 +39,7 @@ __all__ = ["Engine", "Mode", "Passed"]
 Mode = Literal["exact", "fast"]
 # A trained number's master, gradient and two moments, all float32.
 TRAINED_BYTES = 16
+PURPOSE = "training"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -242,16 +243,16 @@ class Engine:
     def _reserve(self, name: str, wanted_bytes: int) -> None:
         if self.budget is None:
             return
-        self.bank.make_room(wanted_bytes)
+        self.bank.make_room(wanted_bytes, PURPOSE)
         for other, entry in self._trained.items():
             idle = entry.trainee is not None and not entry.trainee.under_way
-            if self.budget.free_bytes < wanted_bytes and idle and other != name:
+            if self.budget.free_for(PURPOSE) < wanted_bytes and idle and other != name:
                 self.rest(other)
-        reserve(self.budget, "training", wanted_bytes, f"training adapter {name}")
+        reserve(self.budget, PURPOSE, wanted_bytes, f"training adapter {name}")
 
     def _release(self, entry: _Trained) -> None:
         if self.budget is not None:
-            self.budget.release("training", entry.size_bytes)
+            self.budget.release(PURPOSE, entry.size_bytes)
 
     @staticmethod
     def _state(entry: _Trained) -> tuple[dict[str, Tensor], dict[str, Any]]:

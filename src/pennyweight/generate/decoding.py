@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pennyweight.attention import KVCache, shelf_tokens
+from pennyweight.attention import KEYS_AND_VALUES, KVCache, shelf_tokens
 from pennyweight.budget import MemoryBudget
 from pennyweight.errors import ConfigError
 from pennyweight.generate.draw import draw_each
@@ -34,7 +34,8 @@ class Decoding:
     """Requests on one base: some under way in the cache, the rest waiting for their turn.
 
     At most `batch_size` rows are under way, of one user at most `rows_per_user`; a step reads at
-    most `chunk_tokens` of prompts. With a `budget`, keys and values are reserved there.
+    most `chunk_tokens` of prompts. With a `budget`, keys and values are reserved there, and
+    `most_tokens` is the longest text whose reservation is sure to be had in the end.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Decoding:
             raise ConfigError.all(faults)
         self._base, self._batch_size, self._chunk_tokens = base, batch_size, chunk_tokens
         self._rows_per_user = rows_per_user or batch_size
-        self._most_tokens: int | None = None
+        self.most_tokens: int | None = None
+        self._budget = budget
         per_token = 0
         if budget is not None:
             per_token = kv_bytes_per_token(base)
-            self._most_tokens = _most_tokens(budget.total_bytes // per_token)
+            self.most_tokens = _most_tokens(budget.sure_bytes(KEYS_AND_VALUES) // per_token)
         self._cache = KVCache(batch_size, budget=budget, bytes_per_token=per_token)
         self._rows: list[Row] = []
         self._turns = Turns()
@@ -92,7 +94,7 @@ class Decoding:
 
         Those of one call that share prompt and adapter have the prompt read once.
         """
-        refuse_unanswerable(self._base, requests, most_tokens=self._most_tokens)
+        refuse_unanswerable(self._base, requests, most_tokens=self.most_tokens)
         numbers = list(range(self._added, self._added + len(requests)))
         self._added += len(requests)
         rows: list[Row] = []
@@ -119,6 +121,11 @@ class Decoding:
                 self._retire(at)
                 return
 
+    def clear(self) -> None:
+        """Forget every request, after a fault inside, and give back the memory."""
+        self._cache.clear()
+        self._rows, self._turns, self.last_read = [], Turns(), {}
+
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """One pass over all rows under way: a token of each whose prompt is read.
@@ -143,7 +150,10 @@ class Decoding:
         return tokens
 
     def _begin(self) -> None:
-        """Move waiting requests into free rows, in their turn, while memory can be reserved."""
+        """Move waiting requests into free rows, in their turn, while memory can be reserved, and
+        nobody else waits for what the rows hold beyond their floor: a shelf is given back whole."""
+        if self._budget is not None and self._budget.is_beyond(KEYS_AND_VALUES):
+            return
         passed_over: set[str] = set()
         mine = Counter(row.request.user for row in self._rows)
         while len(self._rows) < self._batch_size:

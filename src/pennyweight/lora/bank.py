@@ -22,6 +22,7 @@ from pennyweight.lora.fit import Resident, check_fit
 __all__ = ["AdapterBank", "on_host", "reserve"]
 
 MASTER_BYTES = 4
+PURPOSE = "adapters"
 
 
 @dataclass(slots=True)
@@ -38,7 +39,8 @@ class AdapterBank:
     """Adapters to read beside one base, loaded, named, rested and unloaded while it serves.
 
     `budget`: the device's account; None takes what is asked. `in_use()`: slots that requests under
-    way read, beside those of `reading`; a slot in use is never moved.
+    way read, beside those of `reading`; a slot in use is never moved. `resting` False: what makes
+    room is forgotten, for a base that stands in host memory itself and adapters kept elsewhere.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class AdapterBank:
         budget: MemoryBudget | None = None,
         *,
         in_use: Callable[[], Collection[str]] = tuple,
+        resting: bool = True,
     ) -> None:
-        self.base, self.budget, self._in_use = base, budget, in_use
+        self.base, self.budget, self._in_use, self._resting = base, budget, in_use, resting
         self._versions: dict[str, _Version] = {}  # least recently read first
         self._names: dict[str, str] = {}
 
@@ -81,7 +84,8 @@ class AdapterBank:
             return
         version = self.version(key)
         self._refuse_in_use(version)
-        self.rest(version)
+        if self._versions[version].host is None:
+            self._take_off(version)
         del self._versions[version]
         self._names = {name: at for name, at in self._names.items() if at != version}
 
@@ -144,9 +148,7 @@ class AdapterBank:
             return
         self._refuse_in_use(version)
         kept.host = self._taken(version, kept)
-        detach(self.base, version)
-        if self.budget is not None:
-            self.budget.release("adapters", kept.size_bytes)
+        self._take_off(version)
 
     def wake(self, key: str) -> None:
         """Put it beside the base's layers again, with the same bits. MemoryExhausted as `load`."""
@@ -158,19 +160,33 @@ class AdapterBank:
         attach(self.base, kept.host, name=version, trainable=False)
         kept.host = None
 
-    def make_room(self, wanted_bytes: int) -> None:
-        """Let idle versions rest, least recently read first, until so much is free or all rest."""
+    @property
+    def room_bytes(self) -> int | None:
+        """What further adapters could take now, every idle one moved; None: as much as is asked."""
+        if self.budget is None:
+            return None
+        idle = (v for v in self.resident() if not self._is_in_use(v))
+        return self.budget.free_for(PURPOSE) + sum(self._versions[v].size_bytes for v in idle)
+
+    def make_room(self, wanted_bytes: int, purpose: str = PURPOSE) -> None:
+        """Move idle versions to host memory, least recently read first, until so much is free for
+        that purpose or all rest."""
         for version in self.resident():
-            if self.budget is None or self.budget.free_bytes >= wanted_bytes:
+            if self.budget is None or self.budget.free_for(purpose) >= wanted_bytes:
                 return
             if not self._is_in_use(version):
-                self.rest(version)
+                self.rest(version) if self._resting else self.unload(version)
+
+    def _take_off(self, version: str) -> None:
+        detach(self.base, version)
+        if self.budget is not None:
+            self.budget.release(PURPOSE, self._versions[version].size_bytes)
 
     def _reserve(self, name: str, wanted_bytes: int) -> None:
         if self.budget is None:
             return
         self.make_room(wanted_bytes)
-        reserve(self.budget, "adapters", wanted_bytes, f"adapter {name}")
+        reserve(self.budget, PURPOSE, wanted_bytes, f"adapter {name}")
 
     def _taken(self, version: str, kept: _Version) -> Adapter:
         live = adapter_of(self.base, version, kept.told.config)
@@ -198,8 +214,8 @@ def reserve(budget: MemoryBudget, purpose: str, wanted_bytes: int, what: str) ->
         return
     held = ", ".join(f"{_mb(size)} for {name}" for name, size in budget.held().items())
     raise MemoryExhausted(
-        f"{what} needs {_mb(wanted_bytes)}, {_mb(budget.free_bytes)} of {_mb(budget.total_bytes)} "
-        f"are free ({held or 'nothing is held'}): unload an adapter or let a run end, lower "
+        f"{what} needs {_mb(wanted_bytes)}, {_mb(budget.free_for(purpose))} of "
+        f"{_mb(budget.total_bytes)} are free ({held or 'nothing is held'}): unload an adapter or let a run end, lower "
         "adapter.r, or give more memory"
     )
 

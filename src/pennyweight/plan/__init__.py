@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pennyweight.config import RunConfig
 from pennyweight.errors import ConfigError
-from pennyweight.plan.activations import host_bytes
+from pennyweight.plan.activations import forward_bytes, host_bytes
 from pennyweight.plan.batches import batch_peaks
 from pennyweight.plan.cost import Cost, Disk, cost, disk, paced
 from pennyweight.plan.devices import (
@@ -27,6 +27,8 @@ from pennyweight.plan.memory import (
     FIRST_USE_BYTES,
     Moment,
     Part,
+    base_bytes,
+    beside,
     parts,
     peak,
     recompute_in_words,
@@ -47,6 +49,7 @@ __all__ = [
     "Setting",
     "batch_peaks",
     "fit",
+    "forward_bytes",
     "named_device",
     "paced",
     "parse_memory",
@@ -101,6 +104,16 @@ class Plan:
         return self.allocated_bytes if self.device.kind == "cuda" else self.peak_bytes
 
     @property
+    def standing_bytes(self) -> int:
+        """What the run holds beside a resident base also between its passes."""
+        return beside(self.parts)[0]
+
+    @property
+    def pass_bytes(self) -> int:
+        """What its largest pass takes on top of that, while it lasts."""
+        return beside(self.parts)[1]
+
+    @property
     def fits(self) -> bool:
         """The run fits as it is written."""
         return self.verdict == "fits"
@@ -132,14 +145,20 @@ def plan(
     *,
     device: Device | None = None,
     budget_bytes: int | None = None,
+    beside_bytes: int | None = None,
     rows: DataSize | None = None,
 ) -> Plan:
     """Predict the run that `config` describes, on a device (this machine's by default).
 
-    `budget_bytes` replaces the device's memory. `rows` says how much data there is; without it,
-    it is guessed from local files, and else steps are known only by `train.max_steps`.
+    `budget_bytes` replaces the device's memory; `beside_bytes` says instead what is left beside a
+    base that is resident already. `rows` says how much data there is; without it, it is guessed
+    from local files, and else steps are known only by `train.max_steps`.
     """
     setting, budget = _setting(config, shapes, device, budget_bytes, rows)
+    if beside_bytes is not None:
+        setting = replace(setting, resident=True)
+        budget = beside_bytes + base_bytes(parts(setting, "none"))
+        setting = replace(setting, device=replace(setting.device, memory_bytes=budget))
     setting, policy = chosen_policy(setting, budget)
     held = parts(setting, policy)
     total, moment = peak(held)

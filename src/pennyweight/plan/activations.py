@@ -17,9 +17,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from pennyweight.plan.setting import Recompute, Setting
-from pennyweight.shapes import Parameter
+from pennyweight.shapes import Parameter, Shapes
 
 __all__ = [
+    "forward_bytes",
     "host_bytes",
     "kept_bytes",
     "largest_linear",
@@ -99,6 +100,21 @@ def transient_bytes(setting: Setting, policy: Recompute) -> float:
     weight = largest_linear(setting) * size if setting.storage != "none" else 0
     beside = (shapes.hidden + shapes.intermediate) * size * tokens + weight
     return max(entry, rebuilt_bytes(setting, policy) * tokens + max(wide, beside))
+
+
+def forward_bytes(
+    shapes: Shapes, tokens: int, *, product_bytes: int, logits: int, quantized: bool
+) -> int:
+    """Bytes of the fullest instant of a pass that keeps nothing for backward.
+
+    A layer: the residual rows, a norm's, and the three of its feed-forward or attention; one dense
+    weight beside them. At the end so many rows of logits, in their own type and in float32 twice.
+    """
+    wide = max(shapes.intermediate, shapes.heads * shapes.head_dim)
+    rows = (2 * shapes.hidden + 3 * wide) * product_bytes * tokens
+    dense = max((p.elements for p in shapes.linears), default=0) * product_bytes if quantized else 0
+    ends = shapes.hidden * product_bytes * tokens + logits * shapes.vocab * (product_bytes + 8)
+    return max(rows + dense, ends)
 
 
 def largest_linear(setting: Setting) -> int:

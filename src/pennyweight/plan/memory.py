@@ -16,6 +16,8 @@ __all__ = [
     "FIRST_USE_BYTES",
     "Moment",
     "Part",
+    "base_bytes",
+    "beside",
     "parts",
     "peak",
     "peak_bytes",
@@ -23,6 +25,9 @@ __all__ = [
 ]
 
 Moment = Literal["load", "loss", "backward", "step"]
+# Parts of the base and the process, and what a run holds beside them also between its passes.
+_OF_THE_BASE = ("linear weights", "embeddings, head, norms", "process")
+_STANDING = ("adapter", "gradients", "optimizer")
 ALWAYS: tuple[Moment, ...] = get_args(Moment)
 TRAINING: tuple[Moment, ...] = ("loss", "backward", "step")
 PASS: tuple[Moment, ...] = ("loss", "backward")
@@ -124,6 +129,19 @@ def peak_bytes(setting: Setting, policy: Recompute) -> int:
     return peak(parts(setting, policy))[0]
 
 
+def base_bytes(rows: Iterable[Part]) -> int:
+    """What base and process hold, whoever trains."""
+    return sum(row.bytes for row in rows if row.name in _OF_THE_BASE)
+
+
+def beside(rows: Iterable[Part]) -> tuple[int, int]:
+    """Beside a base that is there already: what the run holds between its passes, and what its
+    largest pass takes on top of that."""
+    own = [row for row in rows if row.name not in _OF_THE_BASE]
+    standing = sum(row.bytes for row in own if row.name in _STANDING)
+    return standing, max(0, peak(own)[0] - standing)
+
+
 def _stored_as(setting: Setting) -> str:
     if setting.storage == "none":
         return "float32" if setting.full else setting.dtype
@@ -133,7 +151,7 @@ def _stored_as(setting: Setting) -> str:
 
 def _while_loading(setting: Setting) -> tuple[Part, ...]:
     """One weight in full beside the quantized ones while it is turned."""
-    if setting.storage == "none":
+    if setting.storage == "none" or setting.resident:
         return ()
     return (Part("quantizing", largest_linear(setting) * 4 * 3, "one weight at a time", ("load",)),)
 

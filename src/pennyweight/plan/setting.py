@@ -47,6 +47,8 @@ class Setting:
     """Decoder layers that go by the recompute policy, counted from the first; None: all."""
     optimizer_on_host: bool = False
     """The optimizer's state lies in host memory between steps."""
+    resident: bool = False
+    """The base is loaded already, and shared with others."""
 
     def __post_init__(self) -> None:
         if self.longest > self.shapes.max_positions:
