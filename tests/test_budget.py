@@ -24,6 +24,31 @@ def test_what_is_reserved_fits_or_is_refused() -> None:
         budget.release("keys and values", 1)
 
 
+def test_a_floor_is_nobody_elses_and_what_one_waits_for_comes_to_it() -> None:
+    budget = MemoryBudget(100, {"adapters": 10, "answers": 20})
+    assert (budget.free_for("training"), budget.free_for("answers")) == (70, 90)
+    assert (budget.sure_bytes("training"), budget.sure_bytes("answers")) == (70, 20)
+    assert budget.reserve("answers", 80)  # beyond its floor while nobody minds
+    assert not budget.reserve("training", 20)
+    budget.waiting = "training"
+    assert budget.is_beyond("answers")
+    assert not budget.is_beyond("adapters")
+    assert not budget.is_beyond("training")
+    assert not budget.reserve("answers", 1)
+    assert budget.reserve("adapters", 10)  # its floor is its own, whoever waits
+    assert not budget.reserve("adapters", 1)
+    budget.release("answers", 30)
+    assert budget.reserve("training", 10)
+    budget.release("answers", 40)
+    assert not budget.is_beyond("answers")
+    assert budget.reserve("answers", 10)
+    assert not budget.reserve("answers", 1)
+    budget.waiting = None
+    budget.release("adapters", 10)
+    assert budget.free_for("answers") == 60
+    assert budget.free_for("training") == 60
+
+
 def test_a_budget_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="0 bytes"):
         MemoryBudget(0)

@@ -102,6 +102,35 @@ def test_dropped_requests_free_their_memory(base: BaseModel) -> None:
     assert budget.free_bytes == budget.total_bytes
 
 
+def test_all_is_forgotten_at_once_after_a_fault(base: BaseModel) -> None:
+    budget = MemoryBudget(1 << 20)
+    decoding = Decoding(base, batch_size=2, budget=budget)
+    decoding.add([asked(5, 30, seed=n) for n in range(3)])
+    decoding.step()
+    decoding.clear()
+    assert (decoding.busy, budget.held(), decoding.held_bytes) == (False, {}, 0)
+    decoding.add([asked(5, 3)])
+    assert len(all_of(decoding)[3]) == 3
+
+
+def test_rows_leave_what_another_waits_for(base: BaseModel) -> None:
+    shelf = kv_bytes_per_token(base) * shelf_tokens(64)
+    budget = MemoryBudget(4 * shelf, {"keys and values": shelf})
+    decoding = Decoding(base, budget=budget)
+    assert decoding.most_tokens == 64
+    decoding.add([asked(5, 4 + n, seed=n) for n in range(6)])
+    decoding.step()
+    assert decoding.under_way == 4
+    assert not budget.reserve("training", 2 * shelf)
+    budget.waiting = "training"
+    while not budget.reserve("training", 2 * shelf):
+        decoding.step()
+    # Nobody began anew meanwhile; and with its floor the rest goes on.
+    assert decoding.waiting == 2
+    all_of(decoding)
+    assert budget.held() == {"training": 2 * shelf}
+
+
 def test_a_long_prompt_is_read_in_pieces_and_stalls_nobody(base: BaseModel) -> None:
     requests = [asked(6, 20), asked(200, 5, seed=1), asked(7, 5, seed=2), asked(1, 5, seed=3)]
     alone = [generate(base, [request])[0].ids for request in requests]

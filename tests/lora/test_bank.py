@@ -117,6 +117,22 @@ def test_memory_is_reserved_before_acceptance_and_the_refusal_has_figures(base: 
     assert three is not None
 
 
+def test_what_makes_room_rests_or_is_forgotten(base: BaseModel) -> None:
+    one, two = made(base, 0), made(base, 1)
+    for resting in (True, False):
+        budget = MemoryBudget(size(one) + size(two) - 1)
+        bank = AdapterBank(base, budget, resting=resting)
+        assert AdapterBank(base).room_bytes is None
+        first, second = bank.load(one), bank.load(two)
+        assert bank.resident() == (second,)
+        assert bank.versions() == ((first, second) if resting else (second,))
+        assert bank.room_bytes == budget.total_bytes
+        bank.make_room(budget.total_bytes, "training")
+        assert budget.reserve("training", budget.total_bytes)
+        assert (bank.resident(), attached(base)) == ((), [])
+        assert bank.room_bytes == 0
+
+
 def test_what_is_read_stays(base: BaseModel) -> None:
     used: set[str] = set()
     bank = AdapterBank(base, in_use=lambda: used)

@@ -48,6 +48,21 @@ def test_a_run_that_fits() -> None:
     assert said.sentence().startswith("Fits")
 
 
+def test_beside_a_resident_base_what_stands_and_what_a_pass_adds_are_told_apart() -> None:
+    card = named_device("a100-80")
+    alone = plan(run(1), LLAMA3, device=card)
+    base = sum(p.bytes for p in alone.parts[:2]) + alone.parts[-1].bytes
+    wanted = alone.standing_bytes + alone.pass_bytes
+    assert alone.standing_bytes == 16 * alone.trained_parameters
+    assert alone.peak_bytes == base + wanted
+    just = plan(run(1), LLAMA3, device=card, beside_bytes=wanted)
+    assert (just.fits, just.recompute, just.budget_bytes) == (True, "none", base + wanted)
+    less = plan(run(1), LLAMA3, device=card, beside_bytes=wanted // 2)
+    assert less.recompute != "none"
+    assert less.standing_bytes + less.pass_bytes <= wanted // 2
+    assert not plan(run(1), LLAMA3, device=card, beside_bytes=alone.standing_bytes).fits
+
+
 def test_auto_recomputes_only_where_it_must() -> None:
     card = named_device("rtx3060")
     said = plan(run(1), LLAMA3, device=card)

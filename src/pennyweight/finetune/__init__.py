@@ -21,7 +21,7 @@ from pennyweight.finetune.learner import require_this_base
 from pennyweight.finetune.parity import parity, parity_of
 from pennyweight.finetune.rehearsal import corrected, rehearse
 from pennyweight.finetune.result import RunResult
-from pennyweight.finetune.run import Run, data_size, day_of, stop_id
+from pennyweight.finetune.run import EVALUATION_TOKENS, Run, data_size, day_of, stop_id
 from pennyweight.finetune.seen import Seen, look
 from pennyweight.model import BaseModel, load_base, load_tokenizer, stop_ids
 from pennyweight.plan import FIRST_USE_BYTES, named_device, plan, resident_bytes
@@ -30,10 +30,12 @@ from pennyweight.train import Due, RunLock, Step, StopRequest, pieces, restart_p
 
 __all__ = [
     "AGAIN",
+    "EVALUATION_TOKENS",
     "Beat",
     "Beats",
     "RunResult",
     "Seen",
+    "data_size",
     "finetune",
     "look",
     "outcome",
@@ -70,6 +72,7 @@ def underway(
     text: str | None = None,
     stop: StopRequest | None = None,
     ahead: bool = False,
+    beside_bytes: int | None = None,
 ) -> Beats[RunResult]:
     """`finetune` beat by beat; between two beats the model is nobody's.
 
@@ -79,8 +82,10 @@ def underway(
     train it whole. `data`: what `prepared` gave. `stop.ask(why)` saves, then raises Interrupted.
     Closing the generator leaves the last checkpoint, takes the adapter off and lets the folder go.
     `ahead`: a beat `due` comes before each micro-batch, for `forward_backward_together`.
+    `beside_bytes`: the memory it may take beside a resident base, to which it is planned.
     """
-    return timed(_way(config, base, name, data, origin, text, stop or StopRequest(), ahead))
+    stop = stop or StopRequest()
+    return timed(_way(config, base, name, data, origin, text, stop, ahead, beside_bytes))
 
 
 def prepared(config: RunConfig) -> Prepared:
@@ -107,6 +112,7 @@ def _way(
     text: str | None,
     stop: StopRequest,
     ahead: bool,
+    beside_bytes: int | None,
 ) -> Beats[RunResult]:
     began = time.perf_counter()
     origin = origin or origins(config)
@@ -143,7 +149,7 @@ def _way(
             device = named_device(config.base.device)
             if alone and device.kind == "cpu" and held is not None:
                 device = replace(device, process_bytes=held + FIRST_USE_BYTES)
-            predicted = plan(config, device=device, rows=data_size(data))
+            predicted = plan(config, device=device, rows=data_size(data), beside_bytes=beside_bytes)
         yield Beat("prepared")
         with Run(config, folder, base, data, stop, predicted, name=name, alone=alone) as run:
             with stop.at_once("no step was taken, so nothing is lost"):

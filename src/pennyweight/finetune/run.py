@@ -41,7 +41,7 @@ from pennyweight.train import (
     save,
 )
 
-__all__ = ["Run", "data_size", "day_of", "stop_id"]
+__all__ = ["EVALUATION_TOKENS", "Run", "data_size", "day_of", "stop_id"]
 
 # Tokens evaluated at once, as long as memory does.
 EVALUATION_TOKENS = 4096

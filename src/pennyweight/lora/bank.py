@@ -19,10 +19,10 @@ from pennyweight.lora.adapter import Adapter, content_hash
 from pennyweight.lora.binding import adapter_of, attach, check_name, detach
 from pennyweight.lora.fit import Resident, check_fit
 
-__all__ = ["AdapterBank", "on_host", "reserve"]
+__all__ = ["ADAPTERS", "MASTER_BYTES", "AdapterBank", "on_host", "reserve"]
 
 MASTER_BYTES = 4
-PURPOSE = "adapters"
+ADAPTERS = "adapters"
 
 
 @dataclass(slots=True)
@@ -166,9 +166,9 @@ class AdapterBank:
         if self.budget is None:
             return None
         idle = (v for v in self.resident() if not self._is_in_use(v))
-        return self.budget.free_for(PURPOSE) + sum(self._versions[v].size_bytes for v in idle)
+        return self.budget.free_for(ADAPTERS) + sum(self._versions[v].size_bytes for v in idle)
 
-    def make_room(self, wanted_bytes: int, purpose: str = PURPOSE) -> None:
+    def make_room(self, wanted_bytes: int, purpose: str = ADAPTERS) -> None:
         """Move idle versions to host memory, least recently read first, until so much is free for
         that purpose or all rest."""
         for version in self.resident():
@@ -180,13 +180,13 @@ class AdapterBank:
     def _take_off(self, version: str) -> None:
         detach(self.base, version)
         if self.budget is not None:
-            self.budget.release(PURPOSE, self._versions[version].size_bytes)
+            self.budget.release(ADAPTERS, self._versions[version].size_bytes)
 
     def _reserve(self, name: str, wanted_bytes: int) -> None:
         if self.budget is None:
             return
         self.make_room(wanted_bytes)
-        reserve(self.budget, PURPOSE, wanted_bytes, f"adapter {name}")
+        reserve(self.budget, ADAPTERS, wanted_bytes, f"adapter {name}")
 
     def _taken(self, version: str, kept: _Version) -> Adapter:
         live = adapter_of(self.base, version, kept.told.config)

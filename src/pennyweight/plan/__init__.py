@@ -36,6 +36,7 @@ from pennyweight.plan.memory import (
 from pennyweight.plan.outline import shapes_of
 from pennyweight.plan.search import Fit, chosen_policy, largest_fit, mends, sized
 from pennyweight.plan.setting import POLICIES, DataSize, Recompute, Setting
+from pennyweight.plan.table import as_size
 from pennyweight.shapes import Shapes
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Part",
     "Plan",
     "Setting",
+    "as_size",
     "batch_peaks",
     "fit",
     "forward_bytes",

@@ -7,15 +7,15 @@ part, so that whatever ends gives its memory to the job. So neither waits for th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from pennyweight.attention import KEYS_AND_VALUES
 from pennyweight.budget import MemoryBudget
-from pennyweight.config import RunConfig
+from pennyweight.config import RunConfig, resolve
+from pennyweight.data.prepare import Prepared
 from pennyweight.errors import AdapterError, ConfigError, MemoryExhausted
 from pennyweight.finetune import EVALUATION_TOKENS, data_size
 from pennyweight.generate import CHUNK_TOKENS
@@ -33,9 +33,6 @@ from pennyweight.plan import (
     shapes_of,
 )
 from pennyweight.serve.settings import ServeSettings
-
-if TYPE_CHECKING:
-    from pennyweight.data.prepare import Prepared
 
 __all__ = ["Memory", "Need", "left_beside"]
 
@@ -62,9 +59,11 @@ class Memory:
     def __init__(self, base: BaseModel, settings: ServeSettings) -> None:
         asked = settings.memory
         total = (
-            int(SHARE_USED * left_beside(base)) if asked.limit is None else parse_memory(asked.limit)
+            int(SHARE_USED * left_beside(base))
+            if asked.limit is None
+            else parse_memory(asked.limit)
         )
-        self._base, self._shapes = base, shapes_of(settings.base.model)
+        self._base, self._shapes = base, shapes_of(str(base.folder))
         self._rows = settings.chat.rows
         kept = int(asked.answers * total)
         floors = {KEYS_AND_VALUES: int(kept * SHARE_OF_KEYS_AND_VALUES)}
@@ -90,13 +89,13 @@ class Memory:
         )
 
     def need(self, run: RunConfig, data: Prepared) -> Need:
-        """What a run, resolved or not, takes. MemoryExhausted where it never fits, with the mend."""
-        size = data_size(data)
+        """What a run takes. MemoryExhausted where it never fits, with the mend."""
+        run = resolve(run)
         said = plan(
             run,
             self._shapes,
             device=named_device(run.base.device),
-            rows=size,
+            rows=data_size(data),
             beside_bytes=self.jobs_bytes,
         )
         need = Need(said.standing_bytes, max(said.pass_bytes, self._evaluation_bytes(run, data)))
@@ -107,12 +106,14 @@ class Memory:
                 f"it for adapter and optimizer; jobs can have {as_size(self.jobs_bytes)} here: "
                 f"{_mend(said)}"
             )
-        self._refuse_large(MASTER_BYTES * said.trained_parameters, "the job's adapter", "lora.r")
+        if why := self._large(said.trained_parameters):
+            raise MemoryExhausted(f"what the job makes could not be asked: {why}")
         return need
 
     def require_room(self, parameters: int) -> None:
         """AdapterError for an adapter that may never find room beside the base."""
-        self._refuse_large(MASTER_BYTES * parameters, "the adapter", "its rank")
+        if why := self._large(parameters):
+            raise AdapterError(why)
 
     def admit(self, name: str, need: Need, make_room: Callable[[int, str], object]) -> bool:
         """Give a job its memory; False: it waits, and what others give back is kept for it.
@@ -145,4 +146,56 @@ class Memory:
             "that jobs can have"
         )
 
-    def _held_by(self, needs: object) -> int: ...
+    def _held_by(self, needs: Iterable[Need]) -> int:
+        """Standing bytes of all, and by how much their largest pass is more than that of answers."""
+        needs = list(needs)
+        largest = max([self._answering_bytes, *(need.pass_bytes for need in needs)])
+        return sum(n.standing_bytes for n in needs) + largest - self._answering_bytes
+
+    def _evaluation_bytes(self, run: RunConfig, data: Prepared) -> int:
+        """The largest pass over held-out rows; 0 where there are none."""
+        lengths = data.eval[: run.evaluate.max_rows].lengths
+        if not len(lengths):
+            return 0
+        tokens = min(int(sum(lengths)), max(EVALUATION_TOKENS, int(max(lengths))))
+        chunk = chunk_rows(self._shapes.vocab, self._base.device)
+        return self._forward_bytes(tokens, min(tokens, chunk))
+
+    def _forward_bytes(self, tokens: int, logits: int) -> int:
+        return forward_bytes(
+            self._shapes,
+            tokens,
+            product_bytes=self._base.dtype.itemsize,
+            logits=logits,
+            quantized=self._base.quantization != "none",
+        )
+
+    def _large(self, parameters: int) -> str | None:
+        """Why an adapter of so many numbers could wait for ever to be asked; None where it could not."""
+        size, kept = MASTER_BYTES * parameters, self.budget.floors[ADAPTERS]
+        if size <= kept:
+            return None
+        return (
+            f"the adapter takes {as_size(size)}, and {as_size(kept)} are kept for adapters here: "
+            "lower its rank, or let the operator raise memory.limit or memory.answers"
+        )
+
+
+def left_beside(base: BaseModel) -> int:
+    """Bytes that the device has left beside the base, as it stands in memory now."""
+    device = named_device(str(base.device))
+    if device.kind == "cuda":
+        held = torch.cuda.memory_allocated(base.device)
+    else:
+        held = resident_bytes() or 0
+    return max(LEAST_BYTES, device.memory_bytes - held)
+
+
+def _mend(said: Plan) -> str:
+    """What the plan would change, by the names a job's request has for it."""
+    if not said.changes:
+        return "no smaller batch, length or rank would do; let the operator raise memory.limit"
+    text = " ".join(said.changes)
+    for ours, theirs in (("train.batch_size", "hyperparameters.batch_size"), ("adapter.", "lora.")):
+        text = text.replace(ours, theirs)
+    return f"with {text} it would need {as_size(said.peak_after_changes or 0)}, the base included"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pennyweight.data.chat import Renderer
-from pennyweight.errors import ConfigError, DataError, DivergedError
+from pennyweight.errors import ConfigError, DataError, DivergedError, MemoryExhausted
 from pennyweight.generate import Request, Token
 from pennyweight.model import BaseModel
 from pennyweight.runs.asking import Asking
@@ -160,11 +160,24 @@ class Questions:
                 raise invalid("the prompt is empty", param="prompt")
         requests = tuple(
             replace(request, seed=seed + i, user=owner)
-            for request in prompts
+            for request in map(self._within_memory, prompts)
             for i in range(how.choices)
         )
         tokens = sum(len(request.prompt_ids) for request in prompts)
         return Question(owner, model, renderer, requests, tokens, how)
+
+    def _within_memory(self, request: Request) -> Request:
+        """With no longer an answer than the memory kept for keys and values is sure to hold."""
+        room = 1 + self._engine.most_tokens - len(request.prompt_ids)
+        if room < 1:
+            raise invalid(
+                f"the prompt has {len(request.prompt_ids):,} tokens, and the memory kept for answers "
+                f"holds {self._engine.most_tokens:,}: shorten it, or let the operator raise "
+                "memory.limit or memory.answers",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return replace(request, max_new_tokens=min(request.max_new_tokens, room))
 
     def _like(self, how: How) -> Request:
         most = self._limits.max_new_tokens
@@ -322,6 +335,14 @@ def _failed(fault: Exception) -> Refused:
             "this adapter gives numbers that are not finite: ask another of its checkpoints",
             kind="server_error",
             code="not_finite",
+        )
+    if isinstance(fault, MemoryExhausted):
+        return Refused(
+            503,
+            one_line(str(fault)),
+            kind="server_error",
+            code="out_of_memory",
+            retry_after_s=1,
         )
     if isinstance(fault, ValueError):
         return Refused(400, one_line(str(fault)), code="invalid_value")

@@ -66,7 +66,7 @@ def _serve(
         service = Service(settings, keys, _store(settings), base)
         service.start()
         mount(service)
-        for note in service.notes:
+        for note in (service.memory.in_words(), *service.notes):
             say(note)
         server = listening(
             create_app(service),

@@ -14,6 +14,7 @@ from pennyweight.serve.engine import Engine
 from pennyweight.serve.guard import PageRefusal
 from pennyweight.serve.jobs import Foreman
 from pennyweight.serve.keys import Keys
+from pennyweight.serve.memory import Memory
 from pennyweight.serve.questions import Questions
 from pennyweight.serve.settings import ServeSettings
 from pennyweight.serve.store import Store
@@ -37,7 +38,8 @@ class Service:
         self.clerk = ThreadPoolExecutor(1, thread_name_prefix="clerk")
         self.uploads = Uploads(store, data / "files")
         self.versions = Versions(data / "versions")
-        self.engine = Engine(base, self.versions, settings)
+        self.memory = Memory(base, settings)
+        self.engine = Engine(base, self.versions, self.memory, settings)
         folders = [*([settings.adapters] if settings.adapters else []), *settings.load_from]
         self.catalogue = Catalogue(
             store,
@@ -50,7 +52,7 @@ class Service:
             base, self.versions, self.engine, store, settings.chat, self.clerk
         )
         self.jobs = Foreman(
-            settings, store, self.uploads, self.versions, self.engine, base, self.clerk
+            settings, store, self.uploads, self.versions, self.engine, base, self.memory, self.clerk
         )
         self.draining = False
         self.pages: list[Any] = []

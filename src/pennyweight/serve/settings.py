@@ -9,14 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pennyweight.config import BaseConfig, LoraConfig, public_name
 from pennyweight.config.document import read_document, spell
 from pennyweight.data.read import nearest
 from pennyweight.errors import ConfigError
+from pennyweight.plan import parse_memory
 
-__all__ = ["ChatLimits", "JobDefaults", "Prices", "RequestLimits", "ServeSettings", "load_settings"]
+__all__ = [
+    "ChatLimits",
+    "JobDefaults",
+    "MemoryLimits",
+    "Prices",
+    "RequestLimits",
+    "ServeSettings",
+    "load_settings",
+]
 
 MOST_BYTES = 1 << 20
 
@@ -64,9 +73,6 @@ class ChatLimits(_Frozen):
     max_new_tokens: Annotated[int, Field(ge=1)] = 4096
     """The longest answer, whatever a request asks for."""
 
-    kv_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Memory for the keys and values of answers; what does not fit waits. None: as `rows` need."""
-
     dense_weights: bool = False
     """Hold a quantized base dequantized as well, so that answers dequantize nothing: on a GPU with memory to spare. A CPU multiplies straight from the codes as fast."""
 
@@ -74,7 +80,24 @@ class ChatLimits(_Frozen):
     """What happens to a message whose text holds one of the tokenizer's control tokens, such as `<|im_end|>`, which could pass for the end of a turn."""
 
     resident_adapters: Annotated[int, Field(ge=1)] = 64
-    """Adapters kept beside the base in memory; the one longest unused makes room."""
+    """Adapters kept in memory at the most, those included that rest in host memory beside a card; the one longest unused is read from its folder again when it is asked. `memory` may keep fewer."""
+
+
+class MemoryLimits(_Frozen):
+    """One account for adapters, keys and values of answers, and jobs; what does not fit waits."""
+
+    limit: str | None = None
+    """Memory beside the base, such as `6GB`. None: nine tenths of what the device has left once the base is loaded."""
+
+    answers: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """The part of it that jobs never take: two thirds of it for keys and values, one for adapters. An answer or an adapter that needs more than its part is refused, for it might wait for ever."""
+
+    @field_validator("limit")
+    @classmethod
+    def _is_a_size(cls, limit: str | None) -> str | None:
+        if limit is not None:
+            parse_memory(limit)
+        return limit
 
 
 class RequestLimits(_Frozen):
@@ -165,6 +188,9 @@ class ServeSettings(_Frozen):
 
     chat: ChatLimits = ChatLimits()
     """What is answered at once, and what waits."""
+
+    memory: MemoryLimits = MemoryLimits()
+    """The device's memory beside the base, and what of it is kept for answers."""
 
     limits: RequestLimits = RequestLimits()
     """How large and how slow a request may be."""

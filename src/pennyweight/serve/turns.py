@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Lane", "Turns"]
+__all__ = ["QUANTUM_TOKENS", "Lane", "Turns"]
 
 QUANTUM_TOKENS = 64.0
 

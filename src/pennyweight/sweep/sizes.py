@@ -11,9 +11,6 @@ from pennyweight.plan import DataSize, Plan, batch_peaks, plan
 
 __all__ = ["Sizes", "sizes"]
 
-# Master, gradient and two moments of a number that waits for its turn, all float32.
-STANDING_BYTES = 16
-
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -64,9 +61,7 @@ def sizes(runs: Mapping[str, RunConfig], *, shared: bool = False, **options: Any
     """Of all runs over one base; `shared` passes take together what fits. `options` as for `plan`."""
     plans = {name: plan(config, **options) for name, config in runs.items()}
     largest = max(plans, key=lambda name: plans[name].counted_peak_bytes)
-    standing = sum(
-        STANDING_BYTES * said.trained_parameters for name, said in plans.items() if name != largest
-    )
+    standing = sum(said.standing_bytes for name, said in plans.items() if name != largest)
     most = plans[largest]
     tokens = most.micro_batch_tokens
     if shared:

@@ -21,11 +21,20 @@ LAST = 2**53
 Time = Annotated[int, Query(ge=0, le=LAST)]
 
 
+class MemoryNow(BaseModel):
+    """The device's memory beside the base: all of it, what is free, and who holds how much."""
+
+    total_bytes: int
+    free_bytes: int
+    held_bytes: dict[str, int]
+
+
 class UsageList(BaseModel):
     object: str = "list"
     currency: str
     data: list[UsageRow]
     total: UsageRow
+    memory: MemoryNow | None = None
 
 
 @router.get("/usage")
@@ -41,7 +50,8 @@ def usage(
 ) -> UsageList:
     """What the key used, from `start_time` on and before `end_time` (seconds since 1970).
 
-    `group_by`: any of hour, key, model, job, joined by commas. An admin's key sees everybody's.
+    `group_by`: any of hour, key, model, job, joined by commas. An admin's key sees everybody's, and
+    how the memory stands at this moment.
     """
     service: Service = request.app.state.service
     by = [name for name in group_by.split(",") if name]
@@ -58,7 +68,16 @@ def usage(
     rows = service.store.usage(where, since=start_time, until=end_time)
     data = [_row(service, each, by) for each in grouped(rows, by)] if by else []
     total = _row(service, next(iter(grouped(rows, [])), Usage()), [])
-    return UsageList(currency=service.settings.prices.currency, data=data or [total], total=total)
+    budget, currency = service.memory.budget, service.settings.prices.currency
+    now = MemoryNow(
+        total_bytes=budget.total_bytes, free_bytes=budget.free_bytes, held_bytes=budget.held()
+    )
+    return UsageList(
+        currency=currency,
+        data=data or [total],
+        total=total,
+        memory=now if caller.admin else None,
+    )
 
 
 def _row(service: Service, used: Usage, by: list[str]) -> UsageRow:

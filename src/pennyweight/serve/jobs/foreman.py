@@ -35,6 +35,7 @@ from pennyweight.serve.jobs.settle import count_rows, described, keep, kept
 from pennyweight.serve.jobs.telling import event, last_step
 from pennyweight.serve.jobs.training import JobLane
 from pennyweight.serve.jobs.work import Work
+from pennyweight.serve.memory import Memory, Need
 from pennyweight.serve.records import JobRecord
 from pennyweight.serve.refusals import absent, busy, invalid, one_line
 from pennyweight.serve.settings import ServeSettings
@@ -66,10 +67,14 @@ class Foreman:
         versions: Versions,
         engine: Engine,
         base: BaseModel,
+        memory: Memory,
         clerk: Executor,
     ) -> None:
         self._settings, self._store, self._uploads = settings, store, uploads
         self._versions, self._engine, self._base = versions, engine, base
+        self._memory = memory
+        self._needs: dict[str, Need] = {}
+        self._waits: str | None = None  # the job for which memory is being kept
         self._clerk = clerk
         self._folder = settings.data_path / "jobs"
         self._lanes: dict[str, JobLane] = {}
@@ -252,12 +257,29 @@ class Foreman:
             if job.id not in self._looked_over and job.id not in lanes:
                 self._looked_over.add(job.id)
                 self._readers.submit(self._look_over, job)
-        waiting = self._store.all(JobRecord, {"status": "queued", **mine})
+        self._begin_those_that_fit(self._store.all(JobRecord, {"status": "queued", **mine}))
+
+    def _begin_those_that_fit(self, waiting: list[JobRecord]) -> None:
+        """In their order; behind one that waits for memory nobody goes first."""
+        waits: str | None = None
         while waiting and len(self._lanes) < self._settings.jobs.running and not self._draining:
             job = self._next(waiting)
             waiting.remove(job)
-            if job.id not in self._lanes:
-                self._begin(job)
+            if job.id in self._lanes:
+                continue
+            need = self._needs[job.id]
+            if not self._engine.admit(job.id, need):
+                waits = job.id
+                said = self._memory.waiting_in_words(need)
+                self._store.record_progress(
+                    job.id, [event(job.id, "waits for memory", said)], lambda _: None
+                )
+                break
+            if not self._begun(job):
+                self._engine.leave(job.id)
+        if waits is None and self._waits is not None:
+            self._engine.nobody_waits()
+        self._waits = waits
 
     def _next(self, waiting: list[JobRecord]) -> JobRecord:
         """The highest priority first, then the owner with the fewest in training, then the oldest."""
@@ -275,6 +297,7 @@ class Foreman:
                 return
             run, hyper = self._settled(job)
             data = prepared(run)
+            self._needs[job.id] = self._memory.need(run, data)
             rows = data.ledger.summary()
             said = f"Files validated: {len(data.train):,} rows to train on, {len(data.eval):,} held out"
             self._store.change_job(
@@ -312,12 +335,13 @@ class Foreman:
         keep(run)
         return run, hyper
 
-    def _begin(self, job: JobRecord) -> None:
+    def _begun(self, job: JobRecord) -> bool:
+        """Give a job that has its memory to the engine; False where it cannot begin."""
         try:
             run = kept(self._folder / job.id)
         except PennyweightError as fault:
             self._fail(job, fault)
-            return
+            return False
         changed = self._store.change_job(
             job.id,
             when=("queued",),
@@ -325,7 +349,7 @@ class Foreman:
             status="running",
         )
         if changed is None:  # cancelled or paused in between
-            return
+            return False
         work = Work(
             changed,
             run,
@@ -336,7 +360,9 @@ class Foreman:
             let_go=self._let_go,
         )
         lane = JobLane(
-            lambda base, name, stop: underway(run, base=base, name=name, stop=stop),
+            lambda base, name, stop: underway(
+                run, base=base, name=name, stop=stop, beside_bytes=self._memory.jobs_bytes
+            ),
             self._base,
             run.adapter,
             name=job.id,
@@ -351,8 +377,10 @@ class Foreman:
             if self._draining:
                 lane.stop.ask("the server is ending")
         self._engine.train(lane)
+        return True
 
     def _let_go(self, job_id: str) -> None:
+        self._needs.pop(job_id, None)  # first: without a lane it may be looked over again
         with self._lock:
             self._lanes.pop(job_id, None)
         self._uploads.sweep()

@@ -46,7 +46,7 @@ def look(service: Service, owner: str, asked: CreateJob) -> Look:
             return Look(_shortened(seen.refusal), _shortened(seen.lines), seen.shown)
         lengths = prepared(run).train.lengths
         size = DataSize(len(lengths), int(sum(lengths)), int(max(lengths)))
-        predicted = plan(run, rows=size)
+        predicted = plan(run, rows=size, beside_bytes=service.memory.jobs_bytes)
     except Refused:
         raise
     except PennyweightError as fault:
