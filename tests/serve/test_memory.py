@@ -4,6 +4,7 @@ all of it comes back."""
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,21 @@ def test_nobody_waits_for_a_job_that_is_gone(
 def test_a_job_that_never_fits_fails_with_figures_and_the_mend(
     started: Callable[..., Any], client_of: Callable[..., Any]
 ) -> None:
-    client = client_of(started(memory={"limit": "5MB"}))
+    service = started(memory={"limit": "5MB"})
+    client = client_of(service)
     failed = until(client, create(client, lora=LARGE), "failed")
     assert failed["error"]["code"] == "out_of_memory"
     said = failed["error"]["message"]
     assert said.startswith("the job needs 4.3 MB beside the base, 4.2 MB of it for adapter and opt")
     assert "jobs can have 3.8 MB here: with" in said
-    assert "lora.r=" in said
+    assert re.search(r" with lora\.r=128 it would need 2\.\d MB$", said)
+    from pennyweight.serve.jobs import CreateJob
+    from pennyweight.serve.web.looking import look
+
+    asked = {"model": "tiny", "training_file": failed["training_file"], "lora": LARGE}
+    seen = look(service, "alice", CreateJob(**asked))
+    assert seen.shown
+    assert (seen.ready, seen.plan and seen.plan["said"]) == (False, f"It does not fit: {said}.")
 
 
 def test_a_lane_that_breaks_gives_its_memory_back(started: Callable[..., Any]) -> None:

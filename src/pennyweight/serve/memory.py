@@ -88,23 +88,27 @@ class Memory:
             f"for answers, up to {as_size(self.jobs_bytes)} for jobs"
         )
 
-    def need(self, run: RunConfig, data: Prepared) -> Need:
-        """What a run takes. MemoryExhausted where it never fits, with the mend."""
+    def planned(self, run: RunConfig, data: Prepared) -> Plan:
+        """The plan of a run in the memory that jobs can have."""
         run = resolve(run)
-        said = plan(
+        return plan(
             run,
             self._shapes,
             device=named_device(run.base.device),
             rows=data_size(data),
             beside_bytes=self.jobs_bytes,
         )
+
+    def need(self, run: RunConfig, data: Prepared) -> Need:
+        """What a run takes. MemoryExhausted where it never fits, with the mend."""
+        said = self.planned(run, data)
         need = Need(said.standing_bytes, max(said.pass_bytes, self._evaluation_bytes(run, data)))
         wanted = need.standing_bytes + need.pass_bytes
         if wanted > self.jobs_bytes:
             raise MemoryExhausted(
                 f"the job needs {as_size(wanted)} beside the base, {as_size(need.standing_bytes)} of "
                 f"it for adapter and optimizer; jobs can have {as_size(self.jobs_bytes)} here: "
-                f"{_mend(said)}"
+                f"{_mend(said, self.jobs_bytes)}"
             )
         if why := self._large(said.trained_parameters):
             raise MemoryExhausted(f"what the job makes could not be asked: {why}")
@@ -191,11 +195,12 @@ def left_beside(base: BaseModel) -> int:
     return max(LEAST_BYTES, device.memory_bytes - held)
 
 
-def _mend(said: Plan) -> str:
+def _mend(said: Plan, jobs_bytes: int) -> str:
     """What the plan would change, by the names a job's request has for it."""
     if not said.changes:
         return "no smaller batch, length or rank would do; let the operator raise memory.limit"
     text = " ".join(said.changes)
     for ours, theirs in (("train.batch_size", "hyperparameters.batch_size"), ("adapter.", "lora.")):
         text = text.replace(ours, theirs)
-    return f"with {text} it would need {as_size(said.peak_after_changes or 0)}, the base included"
+    after = (said.peak_after_changes or 0) - (said.budget_bytes - jobs_bytes)
+    return f"with {text} it would need {as_size(after)}"

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pennyweight.config import public
+from pennyweight.config import RunConfig, public
+from pennyweight.data.prepare import Prepared
 from pennyweight.data.preview import Shown
-from pennyweight.errors import PennyweightError
+from pennyweight.errors import MemoryExhausted, PennyweightError
 from pennyweight.finetune import look as look_at_rows
 from pennyweight.finetune import prepared
-from pennyweight.plan import DataSize, Plan, plan
+from pennyweight.plan import Plan
 from pennyweight.plan.table import as_duration, as_size
 from pennyweight.serve.jobs import CreateJob
 from pennyweight.serve.refusals import Refused
@@ -44,18 +45,25 @@ def look(service: Service, owner: str, asked: CreateJob) -> Look:
         seen = look_at_rows(run, ROWS_SHOWN)
         if seen.refusal:
             return Look(_shortened(seen.refusal), _shortened(seen.lines), seen.shown)
-        lengths = prepared(run).train.lengths
-        size = DataSize(len(lengths), int(sum(lengths)), int(max(lengths)))
-        predicted = plan(run, rows=size, beside_bytes=service.memory.jobs_bytes)
+        data = prepared(run)
+        predicted = service.memory.planned(run, data)
+        why = _too_large(service, run, data)
     except Refused:
         raise
     except PennyweightError as fault:
         if not isinstance(fault, ValueError):  # the server's own trouble, not the rows'
             raise
         return Look(_shortened(str(fault).splitlines()))
-    return Look(
-        (), _shortened(seen.lines), seen.shown, _told(predicted), predicted.verdict != "cannot"
-    )
+    return Look((), _shortened(seen.lines), seen.shown, _told(predicted, why), why is None)
+
+
+def _too_large(service: Service, run: RunConfig, data: Prepared) -> str | None:
+    """Why the job would be refused for its memory; None where it would not."""
+    try:
+        service.memory.need(run, data)
+    except MemoryExhausted as fault:
+        return str(fault)
+    return None
 
 
 def _shortened(lines: Iterable[str]) -> tuple[str, ...]:
@@ -65,16 +73,11 @@ def _shortened(lines: Iterable[str]) -> tuple[str, ...]:
     return (*told[:MOST_LINES], *([f"and {more:,} more"] if more > 0 else []))
 
 
-def _told(predicted: Plan) -> dict[str, Any]:
+def _told(predicted: Plan, why: str | None) -> dict[str, Any]:
     """The plan in words and figures of a page."""
     cost = predicted.cost
-    fits = {
-        "fits": "It fits.",
-        "fits with changes": "As it is set it does not fit; with fewer tokens at once it may.",
-        "cannot": "It does not fit on this machine.",
-    }
     return {
-        "said": fits[predicted.verdict],
+        "said": "It fits." if why is None else f"It does not fit: {why}.",
         "peak": as_size(predicted.peak_bytes),
         "budget": f"{as_size(predicted.budget_bytes)} on {predicted.device.name}",
         "steps": "" if cost.steps is None else f"{cost.steps:,}",
