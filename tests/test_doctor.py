@@ -39,3 +39,17 @@ def test_a_broken_install_does_not_hide_the_rest(monkeypatch: pytest.MonkeyPatch
 )
 def test_versions_are_compared_as_numbers(version: str, numbers: tuple[int, ...]) -> None:
     assert room._numbers(version) == numbers
+
+
+def test_each_gpu_has_its_kernels_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("pennyweight.quant.kernels.why_pure_torch", lambda device: "")
+    monkeypatch.setattr(
+        "pennyweight.blocks.kernels.why_eager",
+        lambda name, device: "no compiler" if device.index and name != "norm" else "",
+    )
+    one, two = room._gpu_kernels()
+    assert one.found == "4-bit, norm, feed_forward, rotation by Triton"
+    assert two.found.startswith("4-bit, norm by Triton;")
+    assert two.found.count("no compiler") == 1
+    assert one.name != two.name

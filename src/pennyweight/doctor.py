@@ -141,6 +141,25 @@ def _kernels() -> Iterator[Check]:
         yield Check("cpu kernels", True, f"pure torch, many times slower: {why}", mend)
 
 
+def _gpu_kernels() -> Iterator[Check]:
+    """Which Triton kernels serve on each GPU, after their trials there, and why others do not."""
+    import torch
+
+    from pennyweight.blocks.kernels import KERNELS, why_eager
+    from pennyweight.quant.kernels import why_pure_torch
+
+    for i in range(torch.cuda.device_count()):
+        device = torch.device("cuda", i)
+        why = {"4-bit": why_pure_torch(device)}
+        why |= {name: why_eager(name, device) for name in KERNELS}
+        serving = [name for name, reason in why.items() if not reason]
+        reasons = dict.fromkeys(reason for reason in why.values() if reason)
+        said = f"{', '.join(serving) or 'none'} by Triton"
+        if reasons:
+            said += f"; pure torch does the rest, more slowly: {'; '.join(reasons)}"
+        yield Check(f"gpu kernels cuda:{i}", True, said)
+
+
 def _cpu_flags() -> set[str]:
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -245,6 +264,7 @@ _LOOKS = (
     _devices,
     _processor,
     _kernels,
+    _gpu_kernels,
     _memory,
     _folders,
     _bases,

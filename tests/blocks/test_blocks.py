@@ -1,4 +1,4 @@
-"""Our norms and feed-forwards against the model's own: values, gradients, and what they keep."""
+"""Our norms, attention and feed-forwards against the model's own: values, gradients, and what they keep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from pennyweight.blocks import GatedFeedForward, RMSNorm
+from pennyweight.blocks import GatedFeedForward, RMSNorm, SelfAttention
 from pennyweight.config import BaseConfig, LoraConfig
 from pennyweight.lora import attach
 from pennyweight.lora.layer import LoraFactors, LoraLinear
@@ -159,16 +159,16 @@ def test_what_a_norm_gives_is_formed_again_for_the_layers_that_read_it() -> None
 
 
 STAND_INS = {
-    "llama": (5, 2),
-    "mistral": (5, 2),
-    "qwen2": (5, 2),
-    "qwen3": (9, 2),
-    "phi3": (5, 2),
-    "stablelm": (0, 2),
-    "stablelm_12b": (0, 2),
-    "gemma2": (9, 2),
-    "gemma3": (13, 2),
-    "gpt2": (0, 0),
+    "llama": (5, 2, 2),
+    "mistral": (5, 2, 2),
+    "qwen2": (5, 2, 2),
+    "qwen3": (9, 2, 2),
+    "phi3": (5, 0, 2),
+    "stablelm": (0, 0, 2),
+    "stablelm_12b": (0, 0, 2),
+    "gemma2": (9, 2, 2),
+    "gemma3": (13, 2, 2),
+    "gpt2": (0, 0, 0),
 }
 
 
@@ -180,10 +180,10 @@ def test_the_model_is_the_one_it_was(family: str, tiny_model_folder: Callable[[s
     folder = tiny_model_folder(family)
     base = load_base(BaseConfig(model=str(folder), quantization="none", device="cpu"))
     kinds = [type(layer) for layer in base.module.modules()]
-    assert (kinds.count(RMSNorm), kinds.count(GatedFeedForward)) == STAND_INS[family]
+    mine = (RMSNorm, SelfAttention, GatedFeedForward)
+    assert tuple(map(kinds.count, mine)) == STAND_INS[family]
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    mine = dict(base.module.named_parameters())
-    assert mine.keys() == dict(theirs.named_parameters()).keys()
+    assert dict(base.module.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
     ids = torch.randint(5, 288, (9,))
     with torch.no_grad(), base.route.over((0, 9), (None,)):
         hidden = base.hidden(ids, torch.arange(9))

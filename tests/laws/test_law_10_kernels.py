@@ -40,7 +40,7 @@ def test_kernels_equal_torch_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install -e .[kernels-test]")
     program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*program, str(TESTS / "quant" / "interpreted_kernels.py")],
+        [*program, *(str(TESTS / room / "interpreted_kernels.py") for room in ("quant", "blocks"))],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
         capture_output=True,

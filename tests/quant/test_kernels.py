@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pennyweight.quant import kernels
 from pennyweight.quant.kernels import dequantize_4bit_kernel, why_pure_torch
+from pennyweight.quant.kernels.trial import tried
 
 KERNEL = "pennyweight.quant.kernels.dequantize_4bit"
 CUDA = torch.device("cuda", 0)
@@ -25,9 +25,9 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("PENNYWEIGHT_KERNELS", raising=False)
-    kernels._tried.cache_clear()
+    tried.cache_clear()
     yield
-    kernels._tried.cache_clear()
+    tried.cache_clear()
 
 
 def on_a_gpu(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -39,7 +39,6 @@ def kernel_module(monkeypatch: pytest.MonkeyPatch, agrees: Any) -> SimpleNamespa
     """A stand-in for the module of the kernel, whose trial ends with `agrees()`."""
     module = SimpleNamespace(fill=lambda q, out: None, agrees_with_torch=lambda *_: agrees())
     monkeypatch.setitem(sys.modules, KERNEL, module)
-    monkeypatch.setattr(kernels, "dequantize_4bit", module, raising=False)
     return module
 
 
@@ -62,7 +61,6 @@ def test_the_environment_switches_kernels_off(monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_triton_pure_torch_serves_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, KERNEL, raising=False)
-    monkeypatch.delattr(kernels, "dequantize_4bit", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

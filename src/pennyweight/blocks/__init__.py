@@ -1,8 +1,10 @@
-"""A decoder layer's norms and gated feed-forward, written so that backward keeps little of them."""
+"""A decoder layer's norms, attention and gated feed-forward, so that backward keeps little of them and
+a GPU does their elementwise work in few launches."""
 
 from pennyweight.blocks.embedding import HostEmbedding
 from pennyweight.blocks.feed_forward import GatedFeedForward
 from pennyweight.blocks.norm import RMSNorm
+from pennyweight.blocks.self_attention import SelfAttention
 from pennyweight.blocks.stand_in import stand_in
 
-__all__ = ["GatedFeedForward", "HostEmbedding", "RMSNorm", "stand_in"]
+__all__ = ["GatedFeedForward", "HostEmbedding", "RMSNorm", "SelfAttention", "stand_in"]

@@ -1,7 +1,8 @@
 """The gated feed-forward of Llama and its kin: down(act(gate x) * up x) (Shazeer 2020, SwiGLU).
 
 Plain autograd keeps gate, act(gate), up and their product. Here backward keeps gate and up alone
-and forms the rest again: elementwise work, where a product would cost.
+and forms the rest again: elementwise work, where a product would cost. On a GPU a kernel does it in
+one launch each way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pennyweight.blocks.kernels import serving
 from pennyweight.lora.layer import LoraLinear, Update, input_gradient, linear_shape
 from pennyweight.quant import QuantizedLinear
 from pennyweight.route import Route
@@ -61,11 +63,21 @@ class GatedFeedForward(nn.Module):
             gate, up = cast(nn.Module, self.gate_proj)(x), cast(nn.Module, self.up_proj)(x)
         down = self.down_proj
         if not (torch.is_grad_enabled() and gate.requires_grad and _is_frozen(down, gate)):
-            act, _ = ACTIVATIONS[self.activation]
-            return cast(Tensor, down(act(gate) * up))
+            return cast(Tensor, down(self.gated(gate, up)))
         updates = down.updates(gate) if isinstance(down, LoraLinear) else ()
         masters = [factor for update in updates for factor in (update.a, update.b)]
         return cast(Tensor, _GatedDown.apply(gate, up, self, updates, *masters))
+
+    def gated(
+        self, gate: Float[Tensor, "*rows inside"], up: Float[Tensor, "*rows inside"]
+    ) -> Float[Tensor, "*rows inside"]:
+        """act(gate) * up."""
+        tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+        if not tracked and (kernel := serving("feed_forward", gate, up)) is not None:
+            x: Tensor = kernel.gated(gate, up, self.activation)
+            return x
+        act, _ = ACTIVATIONS[self.activation]
+        return act(gate) * up if tracked else act(gate).mul_(up)
 
     @property
     def left_out(self) -> bool:
@@ -85,9 +97,7 @@ class _GatedDown(torch.autograd.Function):
         updates: tuple[Update, ...],
         *masters: Tensor,
     ) -> Tensor:
-        act, _ = ACTIVATIONS[block.activation]
-        x = act(gate).mul_(up)
-        down, kept = block.down_proj, list[Tensor]()
+        x, down, kept = block.gated(gate, up), block.down_proj, list[Tensor]()
         if block.left_out:
             if isinstance(down, LoraLinear):
                 kept = down.narrowed(x, updates)
@@ -105,15 +115,22 @@ class _GatedDown(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, *kept = ctx.saved_tensors
-        act, slope = ACTIVATIONS[ctx.block.activation]
-        acted, down = act(gate), ctx.block.down_proj
-        of_factors: list[Tensor | None] = []
+        block: GatedFeedForward = ctx.block
+        down, kernel = block.down_proj, serving("feed_forward", gate, up)
+        acted, x, of_factors = None, None, list[Tensor | None]()
+        if kernel is None:
+            acted = ACTIVATIONS[block.activation][0](gate)
         if isinstance(down, LoraLinear):
-            grad_x, of_factors = down.gradients(grad_y, acted * up, kept, ctx.updates, of_x=True)
+            x = block.gated(gate, up) if acted is None else acted * up
+            grad_x, of_factors = down.gradients(grad_y, x, kept, ctx.updates, of_x=True)
         else:
             grad_x = input_gradient(down, grad_y)
         assert grad_x is not None
+        if acted is None:
+            grads = kernel.gated_back(grad_x, gate, up, block.activation, over=x)
+            return *grads, None, None, *of_factors
         grad_up = acted.mul_(grad_x)
+        slope = ACTIVATIONS[block.activation][1]
         return slope(grad_x.mul_(up), gate), grad_up, None, None, *of_factors
 
 

@@ -1,7 +1,8 @@
 """RMSNorm with a frozen weight: y = w x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019, section 3).
 
 Plain autograd keeps the input, its float32 copy and the normalized rows. Backward needs the input
-and one number a row: with n = x / rms and g = w dy, dx = (g - n mean(g n)) / rms.
+and one number a row: with n = x / rms and g = w dy, dx = (g - n mean(g n)) / rms. On a GPU a kernel does
+each way in one launch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pennyweight.blocks.kernels import serving
 from pennyweight.lora.formed import forms
 
 __all__ = ["RMSNorm"]
@@ -34,6 +36,9 @@ class RMSNorm(nn.Module):
         if frozen and torch.is_grad_enabled() and x.requires_grad:
             scaled, inverse = _FrozenNorm.apply(x, self)
             return forms(scaled, x, inverse, by=self.scaled)
+        if frozen and (kernel := serving("norm", x, self.weight)) is not None:
+            y: Tensor = kernel.norm(x, self.weight, self.eps, wide=self.wide_weight)[0]
+            return y
         wide = _wide(x)
         return self.weigh(wide * self.inverse_rms(wide), x.dtype)
 
@@ -43,6 +48,9 @@ class RMSNorm(nn.Module):
 
     def scaled(self, x: Tensor, inverse: Tensor) -> Tensor:
         """The output, from the input and 1/rms of each row."""
+        if (kernel := serving("norm", x, self.weight)) is not None:
+            y: Tensor = kernel.scaled(x, self.weight, inverse, wide=self.wide_weight)
+            return y
         return self.weigh(_wide(x) * inverse, x.dtype)
 
     def weigh(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,19 +68,26 @@ class _FrozenNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        inverse = norm.inverse_rms(_wide(x))
+        if (kernel := serving("norm", x, norm.weight)) is not None:
+            y, inverse = kernel.norm(x, norm.weight, norm.eps, wide=norm.wide_weight)
+        else:
+            inverse = norm.inverse_rms(_wide(x))
+            y = norm.scaled(x, inverse)
         ctx.norm = norm
         ctx.save_for_backward(x, inverse)
         ctx.mark_non_differentiable(inverse)
-        return norm.scaled(x, inverse), inverse
+        return y, inverse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor, None]:
         x, inverse = ctx.saved_tensors
-        weight = ctx.norm.weight.to(inverse.dtype)
+        norm: RMSNorm = ctx.norm
+        if (kernel := serving("norm", x, norm.weight)) is not None:
+            return kernel.norm_back(grad_y, x, norm.weight, inverse, wide=norm.wide_weight), None
+        weight = norm.weight.to(inverse.dtype)
         normalized = _wide(x) * inverse
-        g = _wide(grad_y) * (1.0 + weight if ctx.norm.wide_weight else weight)
+        g = _wide(grad_y) * (1.0 + weight if norm.wide_weight else weight)
         along = (g * normalized).mean(-1, keepdim=True)
         grad_x = g.sub_(normalized.mul_(along)).mul_(inverse)
         return grad_x.to(x.dtype), None

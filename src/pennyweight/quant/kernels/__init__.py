@@ -9,9 +9,6 @@ the CPU's.
 
 from __future__ import annotations
 
-import functools
-import os
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from pennyweight.quant.kernels import cpu
 from pennyweight.quant.kernels.cpu.library import SWITCH
+from pennyweight.quant.kernels.trial import switched_off, tried
 
 if TYPE_CHECKING:
     from pennyweight.quant.blockwise import Quantized4Bit
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["dequantize_4bit_kernel", "dequantize_4bit_part_kernel", "why_pure_torch"]
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL: Final = f"{__name__}.dequantize_4bit"
 
 
 def dequantize_4bit_kernel(out: Tensor) -> Callable[[Quantized4Bit, Tensor], None] | None:
@@ -42,9 +41,9 @@ def dequantize_4bit_part_kernel(out: Tensor) -> Callable[..., None] | None:
 
 
 def _serving(out: Tensor) -> Any:
-    if out.device.type != "cuda" or out.dtype not in _DTYPES or _switched_off():
+    if out.device.type != "cuda" or out.dtype not in _DTYPES or switched_off():
         return None
-    module = _tried(out.device, out.dtype)
+    module = tried(_KERNEL, out.device, out.dtype)
     return None if isinstance(module, str) else module
 
 
@@ -54,34 +53,7 @@ def why_pure_torch(device: torch.device) -> str:
         return cpu.why_none()
     if device.type != "cuda":
         return f"there are no kernels for {device.type}"
-    if _switched_off():
+    if switched_off():
         return f"{SWITCH} is off"
-    module = _tried(device, torch.float32)
+    module = tried(_KERNEL, device, torch.float32)
     return module if isinstance(module, str) else ""
-
-
-def _switched_off() -> bool:
-    return os.environ.get(SWITCH, "").strip().lower() == "off"
-
-
-@functools.cache
-def _tried(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module of the kernel, after a trial; or, in words, why it cannot serve."""
-    try:
-        from pennyweight.quant.kernels import dequantize_4bit as module
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    try:
-        if module.agrees_with_torch(device, dtype):
-            return module
-        why = "it gives other values than pure torch"
-    # Whatever keeps a compiler from working on a machine we do not know: no C compiler, no Python
-    # headers, a GPU it no longer serves. Each is an exception of another package.
-    except Exception as error:
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-    warnings.warn(
-        f"the 4-bit kernel does not work on {device} ({why}); pure torch does its work, with the "
-        f"same values and more slowly. {SWITCH}=off silences this",
-        stacklevel=2,
-    )
-    return f"the kernel does not work on {device}: {why}"

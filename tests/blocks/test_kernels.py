@@ -1,0 +1,153 @@
+"""Which kernel of a decoder layer serves where, and what its compiler makes of it; no GPU needed. That
+they give the right values is law 10."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pennyweight.blocks import kernels
+from pennyweight.quant.kernels.trial import tried
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("PENNYWEIGHT_KERNELS", raising=False)
+    tried.cache_clear()
+    yield
+    tried.cache_clear()
+
+
+def put(monkeypatch: pytest.MonkeyPatch, kernel: str, *, agrees: bool = True) -> SimpleNamespace:
+    """A stand-in for a kernel's module that takes rows of at most 8."""
+    module = SimpleNamespace(
+        agrees_with_torch=lambda *_: agrees, fits=lambda x, *_: x.shape[-1] <= 8
+    )
+    monkeypatch.setitem(sys.modules, f"{kernels.__name__}.{kernel}", module)
+    return module
+
+
+def test_a_kernel_serves_plain_tensors_of_one_type_that_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = put(monkeypatch, "norm")
+    assert kernels.serving("norm", torch.ones(3, 4)) is None  # on a CPU
+    monkeypatch.setattr(kernels, "DEVICE_TYPE", "cpu")
+    x, weight = torch.ones(3, 4), torch.nn.Parameter(torch.ones(4))
+    assert kernels.serving("norm", x, weight) is module
+    assert kernels.serving("norm", x, weight.bfloat16()) is None
+    assert kernels.serving("norm", x.double(), weight.double()) is None
+    assert kernels.serving("norm", torch.ones(3, 9)) is None
+    with FakeTensorMode():
+        assert kernels.serving("norm", torch.ones(3, 4)) is None
+    assert kernels.why_eager("norm", torch.device("cpu")) == ""
+    assert "mps" in kernels.why_eager("norm", torch.device("mps"))
+    monkeypatch.setenv("PENNYWEIGHT_KERNELS", "off")
+    assert kernels.serving("norm", x, weight) is None
+    assert "PENNYWEIGHT_KERNELS" in kernels.why_eager("norm", torch.device("cpu"))
+
+
+def test_a_kernel_that_fails_its_trial_is_told_and_the_others_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put(monkeypatch, "norm", agrees=False)
+    module = put(monkeypatch, "rotation")
+    monkeypatch.setattr(kernels, "DEVICE_TYPE", "cpu")
+    with pytest.warns(UserWarning, match="`norm` .*other values"):
+        assert kernels.serving("norm", torch.ones(3, 4)) is None
+    assert "other values" in kernels.why_eager("norm", torch.device("cpu"))
+    assert kernels.serving("rotation", torch.ones(3, 4)) is module
+
+
+def test_a_graph_under_construction_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, "norm")
+    monkeypatch.setattr(kernels, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert kernels.serving("norm", torch.ones(3, 4)) is None
+
+
+BF16 = "*bf16"
+# Kernel, pointers, integers of which the last ones are strides, constants, warps.
+LAUNCHES: dict[str, tuple[dict[str, str], tuple[str, ...], dict[str, Any], int]] = {
+    "norm._norm": (
+        {"x": BF16, "weight": BF16, "inverse": "*fp32", "y": BF16},
+        ("rows", "stride"),
+        {"D": 4096, "BLOCK": 4096, "ROWS": 1, "WIDE": False, "GIVEN": False},
+        8,
+    ),
+    "norm._norm_back": (
+        {"grad_y": BF16, "x": BF16, "weight": BF16, "inverse": "*fp32", "grad_x": BF16},
+        ("rows", "grad_stride", "stride"),
+        {"D": 4096, "BLOCK": 4096, "ROWS": 1, "WIDE": True},
+        8,
+    ),
+    "feed_forward._gated_back": (
+        {"grad": BF16, "gate": BF16, "up": BF16, "grad_gate": BF16, "grad_up": BF16},
+        ("gate_stride", "up_stride", "width"),
+        {"ACT": "silu", "BLOCK": 1024},
+        4,
+    ),
+    "rotation._rotate": (
+        dict.fromkeys(("query", "key", "query_out", "key_out", "cos", "sin"), BF16),
+        (
+            *("query_head", "query_token", "key_head", "key_token"),
+            *("query_out_head", "query_out_token", "key_out_head", "key_out_token", "angle_token"),
+        ),
+        {
+            "QUERY_HEADS": 32,
+            "KEY_HEADS": 8,
+            "QUERY_TILE": 32,
+            "KEY_TILE": 8,
+            "HALF": 64,
+            "BLOCK": 64,
+            "BACK": False,
+        },
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_code_for_a_gpu_moves_16_bytes_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launch: str
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install -e .[kernels-test]")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code = compiled(launch).asm["ptx"]
+    assert "st.global.v4.b32" in code
+    assert "st.global.b16" not in code
+    assert "ld.global.v4.b32" in code
+    assert ".local" not in code  # nothing spilled
+
+
+def compiled(launch: str) -> Any:
+    """The kernel as it is launched for bfloat16, sizes and strides that are multiples of 16."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, function = launch.partition(".")
+    pointers, integers, constants, warps = LAUNCHES[launch]
+    signature = {**pointers, **dict.fromkeys(integers, "i32")}
+    sized = range(len(signature))
+    if function == "_norm":
+        signature |= {"eps": "fp32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    attributes = {(i,): [["tt.divisibility", 16]] for i in sized}
+    source = getattr(importlib.import_module(f"{kernels.__name__}.{module}"), function)
+    return triton.compile(
+        ASTSource(source, signature, constants, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "enable_fp_fusion": False},
+    )
