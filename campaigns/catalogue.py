@@ -181,6 +181,41 @@ CAMPAIGNS: tuple[Campaign, ...] = (
         300,
         "campaigns.untrusted.names:run",
     ),
+    Campaign(
+        "server-kills",
+        "a server killed at any instant during two jobs and chat: nothing acknowledged is lost, the same bits, billed once",
+        200,
+        2,
+        "campaigns.served:kills",
+    ),
+    Campaign(
+        "server-cancels",
+        "a cancelled job trains no further than the step under way or two seconds, and pays for its steps",
+        50,
+        2,
+        "campaigns.served:cancels",
+    ),
+    Campaign(
+        "idempotency",
+        "the same request with one Idempotency-Key, fifty at once: one job",
+        20,
+        1,
+        "campaigns.served:idempotency",
+    ),
+    Campaign(
+        "isolation",
+        "adapters loaded, unloaded and asked by several keys: each answers as alone, another's is 404",
+        2000,
+        40,
+        "campaigns.isolation:run",
+    ),
+    Campaign(
+        "hostile-requests",
+        "requests made of the API's own description, valid or not: no 5xx, no answer that it does not name",
+        3000,
+        60,
+        "campaigns.requests:run",
+    ),
 )
 
 

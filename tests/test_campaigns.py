@@ -22,6 +22,7 @@ GROUPS = [
     ["kill-points", "random-kills", "changed-run", "mishaps"],
     ["resume", "signals", "second-signal", "same-command"],
     ["corruption", "full-disk", "filling-disk", "non-finite", "out-of-memory"],
+    ["server-kills", "server-cancels", "idempotency", "isolation", "hostile-requests"],
 ]
 PROMISED = {
     "kill-points": 130,
@@ -31,6 +32,10 @@ PROMISED = {
     "corruption": 2000,
     "changed-run": 15,
     "non-finite": 100,
+    "server-kills": 200,
+    "server-cancels": 50,
+    "isolation": 2000,
+    "hostile-requests": 3000,
 }
 
 
