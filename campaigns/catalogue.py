@@ -186,14 +186,14 @@ CAMPAIGNS: tuple[Campaign, ...] = (
         "a server killed at any instant during two jobs and chat: nothing acknowledged is lost, the same bits, billed once",
         200,
         2,
-        "campaigns.served:kills",
+        "campaigns.server_kills:run",
     ),
     Campaign(
         "server-cancels",
-        "a cancelled job trains no further than the step under way or two seconds, and pays for its steps",
-        50,
+        "a cancelled job trains no further than the step under way or two seconds, and pays for its steps; SIGTERM ends a server within 30 s",
+        101,
         2,
-        "campaigns.served:cancels",
+        "campaigns.server_ends:run",
     ),
     Campaign(
         "idempotency",

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 LONGEST_S = 120.0
+_PR_SET_PDEATHSIG = 1
 _CALL = re.compile(r"^(?:\d+\s+)?(\w+)\((.*)$")
 
 
@@ -64,11 +65,12 @@ class Child:
         self.said_in = said
         self.code: int | None = None
         self.began = time.monotonic()
+        parent = os.getpid()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # threads that sleep
             self.pid = os.fork()
         if self.pid == 0:
-            _be_the_command(list(arguments), said, before)
+            _be_the_command(list(arguments), said, before, parent)
 
     @property
     def said(self) -> str:
@@ -122,9 +124,21 @@ class Child:
         return _status_of(self.pid, field)
 
 
-def _be_the_command(arguments: list[str], said: Path, before: Callable[[], object] | None) -> None:
+def _end_with(parent: int) -> None:
+    """Let the system kill this process when its parent ends, however that comes about."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(99)
+
+
+def _be_the_command(
+    arguments: list[str], said: Path, before: Callable[[], object] | None, parent: int
+) -> None:
     code = 99
     try:
+        _end_with(parent)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(
                 number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL

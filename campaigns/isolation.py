@@ -1,7 +1,7 @@
 """Adapters of one server kept apart: random operations of several keys against a model of what each
 name must stand for, every answer equal to that of the adapter alone.
 
-Short form in tests/serve; in full fifty adapters and two thousand operations.
+In full fifty adapters and two thousand operations; tests/serve/test_isolation.py lets hypothesis look for the shortest way to a fault.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from campaigns.small_run import build_model
 from campaigns.tally import Tally
 
-__all__ = ["Expected", "World", "run"]
+__all__ = ["NAMES", "OWNERS", "Expected", "Names", "World", "run"]
 
 ADAPTERS, OPERATIONS = 50, 2000
 NAMES = ("first", "second", "third", "fourth")
@@ -29,7 +30,7 @@ Expected = tuple[tuple[str, float], ...]
 class World:
     """A service in this process, adapters in a folder, and what each of them says by itself."""
 
-    def __init__(self, folder: Path, adapters: int) -> None:
+    def __init__(self, folder: Path, adapters: int, *, resident: int = 5) -> None:
         import torch
 
         from pennyweight.config import BaseConfig, LoraConfig
@@ -61,7 +62,7 @@ class World:
                 "data_dir": str(folder / "data"),
                 "load_from": [str(folder / "adapters")],
                 # Few, so that adapters come and go all the time.
-                "chat": {"rows": 4, "waiting": 64, "resident_adapters": 5},
+                "chat": {"rows": 4, "waiting": 64, "resident_adapters": resident},
             }
         )
         settings.data_path.mkdir(parents=True)
@@ -104,62 +105,72 @@ class World:
         assert self.service.end(30)
 
 
-def run(tally: Tally, cases: int | None) -> None:
-    """Load, unload, ask alone and together, and ask for what is another key's."""
-    wanted = cases or OPERATIONS
-    adapters = ADAPTERS if cases is None else 6
-    world = World(tally.folder, adapters)
-    draw = random.Random(0)
-    names: dict[tuple[str, str], int] = {}
-    largest = 0.0
-    acts: list[Callable[[], tuple[str, str | None]]] = []
+class Names:
+    """What each key's names must stand for, and whether the service holds to it. Every act gives what
+    went wrong, or None.
+    """
 
-    def load() -> tuple[str, str | None]:
-        owner, name, number = draw.choice(OWNERS), draw.choice(NAMES), draw.randrange(adapters)
-        taken = (owner, name) in names
-        code = _code(lambda: world.service.catalogue.load(owner, name, f"a{number}"))
-        if not taken:
-            names[owner, name] = number
-        right = "name_taken" if taken else None
-        return "load", None if code == right else f"{code} where {right} was right"
+    def __init__(self, world: World) -> None:
+        self._world, self._service = world, world.service
+        self.known: dict[tuple[str, str], int] = {}
+        self.largest = 0.0
 
-    def unload() -> tuple[str, str | None]:
-        owner, name = draw.choice(OWNERS), draw.choice(NAMES)
-        known = names.pop((owner, name), None)
-        code = _code(lambda: world.service.catalogue.unload(owner, name))
-        right = "model_not_found" if known is None else None
-        return "unload", None if code == right else f"{code} where {right} was right"
+    def load(self, owner: str, name: str, number: int) -> str | None:
+        right = "name_taken" if (owner, name) in self.known else None
+        self.known.setdefault((owner, name), number)
+        return _unlike(right, lambda: self._service.catalogue.load(owner, name, f"a{number}"))
 
-    def ask() -> tuple[str, str | None]:
-        nonlocal largest
-        asked = [
-            (draw.choice(OWNERS), draw.choice((*NAMES, "base"))) for _ in range(draw.randint(1, 6))
-        ]
-        there = [each for each in asked if each[1] == "base" or each in names]
+    def unload(self, owner: str, name: str) -> str | None:
+        right = "model_not_found" if self.known.pop((owner, name), None) is None else None
+        return _unlike(right, lambda: self._service.catalogue.unload(owner, name))
+
+    def ask(self, asked: list[tuple[str, str]]) -> str | None:
+        """Ask these together; those that are another key's or nobody's are not there."""
+        there = [each for each in asked if each[1] == "base" or each in self.known]
         for owner, name in set(asked) - set(there):
-            code = _code(lambda owner=owner, name=name: world.service.catalogue.get(owner, name))  # type: ignore[misc]
-            if code != "model_not_found":
-                return "ask", f"{owner} reaches {name}, which is another's or nobody's"
-        for each, said in zip(there, world.said_together(there), strict=True):
-            alone = world.alone[names.get(each) if each[1] != "base" else None]
-            apart = max(
-                (abs(a - b) for (_, a), (_, b) in zip(said, alone, strict=False)), default=0.0
-            )
-            largest = max(largest, apart)
+            got = partial(self._service.catalogue.get, owner, name)
+            if fault := _unlike("model_not_found", got):
+                return f"{owner} asks for {name}: {fault}"
+        for each, said in zip(there, self._world.said_together(there), strict=True):
+            alone = self._world.alone[self.known[each] if each[1] != "base" else None]
+            pairs = list(zip(said, alone, strict=False))
+            apart = max((abs(a - b) for (_, a), (_, b) in pairs), default=0.0)
+            self.largest = max(self.largest, apart)
             # Alone again it is the same to the bit; in company sums are added in another order.
             bound = 0.0 if len(there) == 1 else 1e-4
             if [text for text, _ in said] != [text for text, _ in alone] or apart > bound:
-                return "ask", f"{each} answers other than alone, by {apart:.2g}"
-        return "ask", None
+                return f"{each} answers other than alone, by {apart:.2g}"
+        return None
 
-    acts = [load, load, unload, ask, ask, ask]
-    for number in range(wanted):
-        label, fault = draw.choice(acts)()
-        tally.case(f"{label} {number}", fault)
+
+def run(tally: Tally, cases: int | None) -> None:
+    """Load, unload, ask alone and together, and ask for what is another key's."""
+    adapters = ADAPTERS if cases is None else 6
+    world = World(tally.folder, adapters)
+    names, draw = Names(world), random.Random(0)
+
+    def load() -> str | None:
+        return names.load(draw.choice(OWNERS), draw.choice(NAMES), draw.randrange(adapters))
+
+    def unload() -> str | None:
+        return names.unload(draw.choice(OWNERS), draw.choice(NAMES))
+
+    def ask() -> str | None:
+        several = range(draw.randint(1, 6))
+        return names.ask([(draw.choice(OWNERS), draw.choice((*NAMES, "base"))) for _ in several])
+
+    for number in range(cases or OPERATIONS):
+        act = draw.choice([load, load, unload, ask, ask, ask])
+        tally.case(f"{act.__name__} {number}", act())
     world.end()
     tally.remark(
-        f"{adapters} adapters; logarithms of probabilities at most {largest:.1g} from those alone"
+        f"{adapters} adapters; logarithms of probabilities at most {names.largest:.1g} from those alone"
     )
+
+
+def _unlike(right: str | None, act: Callable[[], object]) -> str | None:
+    code = _code(act)
+    return None if code == right else f"{code} where {right} was right"
 
 
 def _code(act: Callable[[], Any]) -> str | None:

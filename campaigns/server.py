@@ -12,11 +12,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
+
+from campaigns.clock import until
 
 __all__ = ["KEY", "Server", "warm_server"]
 
@@ -90,6 +91,8 @@ class Server:
             "model_name": "base",
             "data_dir": str(data_dir),
             "port": 0,
+            # Whoever asks may stand still for a while, with all of this machine.
+            "limits": {"head_seconds": 600, "body_seconds": 600},
             **settings,
         }
         self.config.write_text(json.dumps(tree))  # JSON is YAML
@@ -97,7 +100,18 @@ class Server:
         self._process: _Process | None = None
 
     def start(self) -> Server:
-        """Start it and wait until it serves."""
+        """Start it and wait until it serves; one that does not leaves no process behind."""
+        self.spawn()
+        try:
+            if not until(self.serves, STARTS_WITHIN_S, every_s=0.01):
+                raise RuntimeError(f"the server did not start: {self.said()[-2000:]}")
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def spawn(self) -> None:
+        """Start it without waiting."""
         self.said_in.write_bytes(b"")
         command = ["serve", "--config", str(self.config)]
         if self.forked:
@@ -110,15 +124,16 @@ class Server:
                     stderr=said,
                     env={**os.environ, KEY_VARIABLE: self.key},
                 )
-        until = time.monotonic() + STARTS_WITHIN_S
-        while time.monotonic() < until:
-            if found := _SERVING.search(self.said()):
-                self.port = int(found[1])
-                return self
-            if self._process.poll() is not None:
-                break
-            time.sleep(0.01)
-        raise RuntimeError(f"the server did not start: {self.said()[-2000:]}")
+
+    def serves(self) -> bool:
+        """Whether it has said where. RuntimeError: it has ended."""
+        assert self._process is not None
+        if found := _SERVING.search(self.said()):
+            self.port = int(found[1])
+            return True
+        if (code := self._process.poll()) is not None:
+            raise RuntimeError(f"the server ended with {code}: {self.said()[-2000:]}")
+        return False
 
     @property
     def url(self) -> str:
@@ -128,10 +143,10 @@ class Server:
         return self.said_in.read_text(encoding="utf-8", errors="replace")
 
     def kill(self) -> None:
-        """SIGKILL, at this instant."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
+        """SIGKILL, at this instant; one that has ended stays so."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
 
     def stop(self, timeout_s: float = 60) -> int:
         """SIGTERM, and its exit code."""
@@ -145,8 +160,7 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self.kill()
+        self.kill()
 
     def ask(
         self,
@@ -155,7 +169,7 @@ class Server:
         body: Any = None,
         *,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = 60,
+        timeout_s: float = 600,
     ) -> tuple[int, Any]:
         """Status and answer, as JSON where it is. OSError and HTTPException where it is not there."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)

@@ -33,7 +33,7 @@ PROMISED = {
     "changed-run": 15,
     "non-finite": 100,
     "server-kills": 200,
-    "server-cancels": 50,
+    "server-cancels": 101,
     "isolation": 2000,
     "hostile-requests": 3000,
 }

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,23 @@ def test_a_signal_while_a_command_prepares_is_75(number: signal.Signals) -> None
         assert signal.getsignal(number) == signal.default_int_handler
     finally:
         signal.signal(number, started_with)
+
+
+def test_a_signal_heard_in_a_destructor_is_not_lost() -> None:
+    """Python drops what is raised there, and a command that imports has destructors all the time."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def prepare() -> None:
+        Dropped()
+        time.sleep(30)
+
+    hook = sys.unraisablehook
+    with pytest.raises(errors.Interrupted, match="SIGTERM"), ending.not_begun():
+        prepare()
+    assert sys.unraisablehook is hook
 
 
 def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,7 +183,26 @@ def test_files_of_one_name_are_told_apart(run: Run, tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         files.append(write(tmp_path / folder / "my.jsonl", pairs(2)))
     prepared = run(train=files, eval_fraction=0, max_duplicate_share=1)
-    assert prepared.train.sources == [f"{file}:{line}" for file in files for line in (1, 2)]
+    called = [f"{name}:{line}" for name in ("a/my.jsonl", "b/my.jsonl") for line in (1, 2)]
+    assert prepared.train.sources == called
+
+
+def test_rows_to_hold_out_may_have_the_name_of_those_to_train(run: Run, tmp_path: Path) -> None:
+    """As uploads do. Specimens and questions go by `file:line`, and each is its own file's."""
+    deep = tmp_path / "b" / "a"
+    deep.mkdir(parents=True)
+    train = write(tmp_path / "my.jsonl", pairs(4))
+    held = write(deep / "my.jsonl", [{"prompt": "held out", "completion": "the answer"}] * 2)
+    prepared = run(train=train, eval=held, max_duplicate_share=1)
+    assert prepared.train.sources[0] == f"{tmp_path.name}/my.jsonl:1"
+    assert prepared.eval.sources == ["a/my.jsonl:1", "a/my.jsonl:2"]
+    for specimen in prepared.specimens:
+        (example,) = specimen.examples
+        assert ("held out" in specimen.conversation.messages[0].content) == (
+            example.source in prepared.eval.sources
+        )
+    # One file for both is called by its name.
+    assert run(train=train, eval=train, max_leaked_share=1).eval.sources[0] == "my.jsonl:1"
 
 
 def test_data_that_trains_nothing_is_refused(run: Run, tmp_path: Path) -> None:

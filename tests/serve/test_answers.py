@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +249,34 @@ def test_what_is_too_much_is_429_and_nothing_is_lost(
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert service.engine.asked == 0
     assert len(ask(client, n=2)["choices"]) == 2
+
+
+def test_under_load_the_queue_is_bounded_and_who_comes_again_is_answered(
+    started: Callable[..., Any], client_of: Callable[..., Any]
+) -> None:
+    service = started(chat={"rows": 2, "waiting": 2})
+    client = client_of(service)
+    body = {"model": "tiny", "messages": TURN, "max_tokens": 4, "temperature": 0}
+    refusals, most = 0, 0
+
+    def answered(_: int) -> str:
+        nonlocal refusals, most
+        while True:
+            found = client.post("/v1/chat/completions", json=body)
+            most = max(most, service.engine.asked)
+            if found.status_code == 200:
+                return str(found.json()["choices"][0]["message"]["content"])
+            assert found.status_code == 429
+            refusals += 1
+            time.sleep(int(found.headers["retry-after"]) / 50)
+
+    with ThreadPoolExecutor(12) as pool:
+        said = set(pool.map(answered, range(24)))
+    assert len(said) == 1
+    assert refusals > 0
+    assert most <= 4
+    assert service.engine.asked == 0
+    assert client.get("/v1/usage").json()["total"]["requests"] == 24
 
 
 def test_a_client_that_leaves_frees_its_row(started: Callable[..., Any]) -> None:

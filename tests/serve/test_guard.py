@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pennyweight.serve.guard import Guard, depth_of, strict_json
+from pennyweight.serve.guard import MOST_BODIES, Guard, depth_of, strict_json
 from pennyweight.serve.keys import COOKIE, Caller, Keys
 from pennyweight.serve.refusals import Refused
 from pennyweight.serve.settings import RequestLimits
@@ -115,6 +115,43 @@ def test_a_body_is_refused_as_soon_as_it_is_too_large(keys: Keys) -> None:
 def test_a_body_that_stops_coming_is_refused(keys: Keys) -> None:
     asked = Asked(keys, authorization="Bearer bob-key-0123456789ab").sends(b"x", then_waits=True)
     assert asked.status == 408
+
+
+def test_bodies_held_at_once_are_bounded_and_room_comes_back(keys: Keys) -> None:
+    async def story() -> list[int]:
+        release = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await release.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        guard = Guard(app, keys=keys, limits=LIMITS)
+
+        async def ask() -> tuple[int, dict[bytes, bytes]]:
+            answers: list[MutableMapping[str, Any]] = []
+
+            async def receive() -> MutableMapping[str, Any]:
+                return {"type": "http.request", "body": b"x" * LIMITS.body_bytes}
+
+            async def send(message: MutableMapping[str, Any]) -> None:
+                answers.append(message)
+
+            head = [(b"authorization", b"Bearer bob-key-0123456789ab")]
+            scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": head}
+            await guard(scope, receive, send)
+            return answers[0]["status"], dict(answers[0]["headers"])
+
+        held = [asyncio.create_task(ask()) for _ in range(MOST_BODIES)]
+        await asyncio.sleep(0)
+        status, headers = await ask()
+        assert int(headers[b"retry-after"]) >= 1
+        release.set()
+        answered = [*await asyncio.gather(*held), await ask()]
+        return [status, *(found for found, _ in answered)]
+
+    assert asyncio.run(story()) == [429] + [200] * (MOST_BODIES + 1)
 
 
 nested = st.recursive(

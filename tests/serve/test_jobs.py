@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 pytest.importorskip("fastapi")
 
 from pennyweight.finetune import finetune
+from pennyweight.serve.jobs import CreateJob
 from pennyweight.serve.jobs.settle import kept
 from pennyweight.serve.records import JobRecord
+from pennyweight.serve.refusals import Refused
 
 WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog")
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -257,6 +260,20 @@ def test_one_idempotency_key_is_one_job(
     refused = create(client, training_file=file, headers=head, seed=4, status=400)
     assert refused["error"]["code"] == "idempotency_key_reused"
     assert service.store.count(JobRecord, {}) == 1
+
+
+def test_one_request_fifty_times_at_once_is_one_job(
+    started: Callable[..., Any], client_of: Callable[..., Any]
+) -> None:
+    service = started()
+    file = upload(client_of(service), rows())
+    asked = CreateJob(model="tiny", training_file=file, lora=LORA, train={"max_steps": 1})
+    with ThreadPoolExecutor(50) as pool:
+        made = list(pool.map(lambda _: service.jobs.create("alice", asked, "once"), range(50)))
+    assert len({job.id for job in made}) == service.store.count(JobRecord, {}) == 1
+    # Another key's same name for a request is another request.
+    with pytest.raises(Refused, match="no file"):
+        service.jobs.create("bob", asked, "once")
 
 
 def test_a_file_in_use_stays_until_its_job_has_ended(

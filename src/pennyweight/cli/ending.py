@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from pennyweight.files import disk_faults
 __all__ = ["not_begun", "run_command"]
 
 INTERNAL, USAGE = 1, 2
+HEARD_AGAIN_S = 0.01
 
 
 def run_command(command: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> int:
@@ -56,10 +58,22 @@ def not_begun() -> Iterator[None]:
     nothing to save yet. What runs inside may listen itself, and gives the signals back.
     """
 
+    last = 0
+
     def hear(number: int, _frame: FrameType | None) -> None:
+        nonlocal last
+        last = number
         # As Ctrl-C it passes every `except Exception` of what is being imported.
         raise KeyboardInterrupt(signal.Signals(number).name)
 
+    def ignored(fault: sys.UnraisableHookArgs) -> None:
+        # Heard in a destructor, where Python drops every exception: heard again a moment later.
+        if fault.exc_type is KeyboardInterrupt and last:
+            threading.Timer(HEARD_AGAIN_S, _send_to_main, (last,)).start()
+        else:
+            dropped(fault)
+
+    dropped, sys.unraisablehook = sys.unraisablehook, ignored
     heard = (signal.SIGINT, signal.SIGTERM)
     before = {n: signal.signal(n, hear) for n in heard if signal.getsignal(n) != signal.SIG_IGN}
     try:
@@ -67,8 +81,17 @@ def not_begun() -> Iterator[None]:
     except KeyboardInterrupt as stopped:
         raise Interrupted(f"{stopped}: nothing was begun, so nothing is lost") from None
     finally:
+        sys.unraisablehook = dropped
         for number, previous in before.items():
             signal.signal(number, previous or signal.SIG_DFL)
+
+
+def _send_to_main(number: int) -> None:
+    """A signal to the main thread, which wakes where it sleeps."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    elif (main := threading.main_thread().ident) is not None:
+        signal.pthread_kill(main, number)
 
 
 def _again(arguments: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "locate",
     "read",
     "said_key",
+    "told_apart",
     "weighted",
 ]
 
@@ -90,7 +91,10 @@ class Read:
 
 
 def locate(sources: str | Source | Sequence[str | Source], config: DataConfig) -> list[Located]:
-    """Find the files of each source; Hub datasets are downloaded. All faults in one DataError."""
+    """Find the files of each source; Hub datasets are downloaded. All faults in one DataError.
+
+    `told_apart` gives names of their own to files of one name, once all that a run reads are found.
+    """
     several = [sources] if isinstance(sources, str | Source) else list(sources)
     located, faults = [], []
     for given in several:
@@ -101,11 +105,17 @@ def locate(sources: str | Source | Sequence[str | Source], config: DataConfig) -
             faults.append(str(error))
     if faults:
         raise DataError.all(faults)
-    called = Counter(name for each in located for name in each.names)
-    if max(called.values(), default=1) == 1:
-        return located
-    # Two files of one name are told apart by their whole paths.
-    return [replace(each, names=tuple(map(str, each.files))) for each in located]
+    return located
+
+
+def told_apart(located: Sequence[Located]) -> list[Located]:
+    """The same, two files of one name called by as many of their folders as tell them apart."""
+    called = {f: name for each in located for f, name in zip(each.files, each.names, strict=True)}
+    for parts in range(2, 1 + max((len(file.parts) for file in called), default=0)):
+        files_of = Counter(called.values())
+        again = {f: str(Path(*f.parts[-parts:])) for f, n in called.items() if files_of[n] > 1}
+        called |= again
+    return [replace(each, names=tuple(called[f] for f in each.files)) for each in located]
 
 
 def _locate(source: Source, form: str) -> Located:

@@ -158,6 +158,8 @@ def _way(
                 data.ledger.write(folder.ledger)
                 folder.keep_held_out(data, config.evaluate.max_rows)
                 run.tell_parity(agreed)
+            if resumed is not None:
+                yield Beat("resumed")
             if run.trainee.step < run.total_steps:
                 trial = rehearse(run, predicted, resumed=resumed is not None)
                 predicted = yield from at_once(stop, trial, "no step was taken, so nothing is lost")

@@ -23,14 +23,15 @@ class Beat:
     """A piece of work just done.
 
     `due`, where it is asked for: the micro-batch that comes next, which may share a pass.
-    `prepared`: base and data are here, then each trial of the rehearsal. `evaluated`: a batch of
+    `prepared`: base and data are here, then each trial of the rehearsal. `resumed`: the weights are
+    those of the checkpoint that the run goes on from. `evaluated`: a batch of
     held-out rows, and one beat more without tokens for the whole evaluation, with its `loss`.
     `micro_batch`: forward and backward. `stepped`: the optimizer's, told and logged. `saved`: a
     checkpoint. `tokens` ran through the model in this piece, `trained_tokens` of them towards a
     step; on a GPU `seconds` is the time to hand the work over, up to the next figure read back.
     """
 
-    kind: Literal["prepared", "evaluated", "due", "micro_batch", "stepped", "saved"]
+    kind: Literal["prepared", "resumed", "evaluated", "due", "micro_batch", "stepped", "saved"]
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0

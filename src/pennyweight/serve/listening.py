@@ -46,9 +46,16 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def listening(
-    app: Any, limits: RequestLimits, *, drain_seconds: float, on_stop: Callable[[], object]
+    app: Any,
+    limits: RequestLimits,
+    *,
+    drain_seconds: float,
+    on_stop: Callable[[], object],
+    on_ready: Callable[[], object] = lambda: None,
 ) -> Listening:
-    """A server of this ASGI app; `on_stop` is called when it is asked to end."""
+    """A server of this ASGI app; `on_ready` is called once it answers and hears SIGTERM and Ctrl-C,
+    `on_stop` when it is asked to end.
+    """
 
     class Guarded(_Guarded):
         bounds = limits
@@ -67,15 +74,24 @@ def listening(
         h11_max_incomplete_event_size=limits.header_bytes,
         backlog=BACKLOG,
     )
-    return Listening(config, on_stop)
+    return Listening(config, on_stop, on_ready)
 
 
 class Listening(uvicorn.Server):
-    """uvicorn's server, which says when it is asked to end."""
+    """uvicorn's server, which says when it is ready and when it is asked to end."""
 
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_stop: Callable[[], object],
+        on_ready: Callable[[], object],
+    ) -> None:
         super().__init__(config)
-        self._on_stop = on_stop
+        self._on_stop, self._on_ready = on_stop, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn's, but that the signal is not raised again: to end when asked is no failure."""

@@ -64,24 +64,28 @@ def _serve(
         if settings.chat.dense_weights:
             say(f"holding {base.keep_dense():,} bytes of dequantized weights")
         service = Service(settings, keys, _store(settings), base)
-        service.start()
-        mount(service)
-        for note in (service.memory.in_words(), *service.notes):
-            say(note)
-        server = listening(
-            create_app(service),
-            settings.limits,
-            drain_seconds=settings.drain_seconds,
-            on_stop=service.drain,
-        )
-        address = _address(settings.host, port)
-        if ready is None:
-            for line in _welcome(settings, keys, shown, address):
-                say(line)
-        else:
-            about = {"address": address, "base": settings.base_id, "key": shown}
-            ready({**about, "data_dir": str(settings.data_path)})
+
+        def tell() -> None:
+            address = _address(settings.host, port)
+            if ready is None:
+                for line in _welcome(settings, keys, shown, address):
+                    say(line)
+            else:
+                about = {"address": address, "base": settings.base_id, "key": shown}
+                ready({**about, "data_dir": str(settings.data_path)})
+
         try:
+            service.start()
+            mount(service)
+            for note in (service.memory.in_words(), *service.notes):
+                say(note)
+            server = listening(
+                create_app(service),
+                settings.limits,
+                drain_seconds=settings.drain_seconds,
+                on_stop=service.drain,
+                on_ready=tell,
+            )
             server.run(sockets=[socket])
         finally:
             began = time.monotonic()

@@ -104,11 +104,13 @@ def located(
 ) -> tuple[list[dataset.Located], list[dataset.Located] | None]:
     """The sources to train on and those to hold out, None where rows are set apart."""
     training = dataset.locate(config.train, config)
+    held = None
     if config.eval is not None:
-        return training, dataset.locate(config.eval, config)
-    if config.eval_fraction and all(each.source.path == "builtin" for each in training):
-        return training, dataset.locate(Source(path="builtin", split="eval"), config)
-    return training, None
+        held = dataset.locate(config.eval, config)
+    elif config.eval_fraction and all(each.source.path == "builtin" for each in training):
+        held = dataset.locate(Source(path="builtin", split="eval"), config)
+    both = dataset.told_apart([*training, *(held or ())])
+    return both[: len(training)], None if held is None else both[len(training) :]
 
 
 def _cached_or_made(recipe: Recipe, cache: Path) -> Prepared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +23,9 @@ class JobLane:
     """A job in training.
 
     `told(mark, seconds)` is called after every beat that the run's log tells of, `saved(step,
-    adapter)` with a copy of each adapter that was saved, and `ended(how)` at last: with the result,
-    the fault, or None where it was cancelled. `step_now` is the step that the run resumed from.
+    adapter)` with a copy of each adapter that was saved, and of the one that the run resumed with;
+    `ended(how)` at last: with the result, the fault, or None where it was cancelled. `step_now` is
+    the step that the run resumed from.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class JobLane:
         name: str,
         weight: float,
         told: Callable[[str, float], object],
-        saved: Callable[[int, Adapter], object],
+        saved: Callable[[int, Adapter], Future[None]],
         ended: Callable[[Ending], object],
         step_now: Callable[[], int],
     ) -> None:
@@ -47,7 +49,7 @@ class JobLane:
         self._told, self._saved, self._ended = told, saved, ended
         self._step_now, self._step = step_now, 0
         self._seconds: dict[str, float] = {"step": 0.0, "evaluation": 0.0}
-        self._begun = False
+        self._keeping: Future[None] | None = None
         self.busy = True
 
     def work(self) -> float:
@@ -72,18 +74,18 @@ class JobLane:
             self._seconds["step"] += seconds
         elif beat.kind == "evaluated":
             self._seconds["evaluation"] += seconds
-        if not self._begun and beat.kind == "micro_batch":
-            # The weights are still those that the run began or resumed with.
-            self._begun = True
-            self._step = self._step_now()
-            self._saved(self._step, self._copy())
         if beat.kind == "stepped" and beat.step is not None:
+            if self._keeping is not None:
+                # A checkpoint may follow. Whoever resumes keeps the newest; the one before is kept.
+                self._keeping.result()
             self._step = beat.step.number
             self._told(f"step {self._step}", self._take("step"))
         elif beat.kind == "evaluated" and not beat.tokens:
             self._told(f"evaluation {self._step}", self._take("evaluation"))
-        elif beat.kind == "saved" and self._begun:
-            self._saved(self._step, self._copy())
+        elif beat.kind == "resumed":
+            self._step = self._step_now()
+        if beat.kind in ("resumed", "saved") and self._step:
+            self._keeping = self._saved(self._step, self._copy())
 
     def _take(self, kind: str) -> float:
         seconds, self._seconds[kind] = self._seconds[kind], 0.0
