@@ -5,10 +5,12 @@ same bits and are billed once, and nobody else writes to its folder.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from campaigns.children import Child
@@ -40,11 +42,13 @@ def run(tally: Tally, cases: int | None) -> None:
     for each in expected:
         assert each["status"] == "succeeded", each
     draw, seen, chains = random.Random(0), Counter[str](), 0
-    while sum(seen.values()) < (cases or KILLS):
+    wanted = cases or KILLS
+    while sum(seen.values()) < wanted:
         chains += 1
         server = Server(tally.folder / f"killed-{chains}", base, forked=True)
         try:
-            _killed_until_ended(tally, server, draw, seen, longest_s=longest_s, expected=expected)
+            lives = _lives(draw, longest_s, lambda: sum(seen.values()) < wanted)
+            _killed_until_ended(tally, server, lives, seen, expected)
         finally:
             server.kill()
         shutil.rmtree(server.data_dir)
@@ -52,13 +56,19 @@ def run(tally: Tally, cases: int | None) -> None:
     tally.remark(f"{chains} times two jobs and a client; killed while {told}")
 
 
+def _lives(draw: random.Random, longest_s: float, more: Callable[[], bool]) -> Iterator[float]:
+    """How long each server of a chain may live: longer with time, so that some come further than the
+    last checkpoint in the end; as long as it likes once there are kills enough.
+    """
+    for life in itertools.count(8):
+        yield draw.uniform(0.0, longest_s * life / 8) if more() else math.inf
+
+
 def _killed_until_ended(
     tally: Tally,
     server: Server,
-    draw: random.Random,
+    lives: Iterator[float],
     seen: Counter[str],
-    *,
-    longest_s: float,
     expected: list[dict[str, Any]],
 ) -> None:
     """One chain of kills; the jobs' outcomes must be those expected. `seen` counts what was killed."""
@@ -66,17 +76,12 @@ def _killed_until_ended(
     known = Acknowledged()
     ids = two_jobs(server)
     known.jobs = dict.fromkeys(ids, False)
-    fault = _beside(server)
-    tally.case(f"a second server beside {server.data_dir.name}", fault)
-    stand = "looked over"
-    for life in itertools.count():
-        # Longer ones with time, so that some come further than the last checkpoint in the end.
-        stand, lost = _life(server, ids, known, draw.uniform(0.0, longest_s * (1 + life / 8)))
-        server.kill()
+    tally.case(f"a second server beside {server.data_dir.name}", _beside(server))
+    for for_s in lives:
+        stand, lost = _life(server, ids, known, for_s)
         seen[stand] += 1
-        tally.case(
-            f"kill {sum(seen.values())}, {stand}", f"before it: {', '.join(lost)}" if lost else None
-        )
+        fault = f"before it: {', '.join(lost)}" if lost else None
+        tally.case(f"kill {sum(seen.values())}, {stand}", fault)
         if stand == "ended":
             break
         server.spawn()
@@ -87,25 +92,26 @@ def _killed_until_ended(
         faults += [f"{each}: {name} differs" for name in whole if found[name] != whole[name]]
     if (code := server.stop()) != 0:
         faults.append(f"the last server ended with {code}")
-    if faults:
-        tally.case(server.data_dir.name, ", ".join(faults))
+    tally.case(f"the end of {server.data_dir.name}", ", ".join(faults) or None)
 
 
 def _life(
     server: Server, ids: list[str], known: Acknowledged, for_s: float
 ) -> tuple[str, list[str]]:
-    """A server so long from its start, or until the jobs have ended: where it stands then, and what
-    it had lost.
+    """A server so long from its start, or until the jobs have ended, and killed: where it stood then,
+    and what it had lost.
     """
     end = running_s() + for_s
     if not until(server.serves, for_s, every_s=0.002):
+        server.kill()
         return "starting", []
     lost = known.lost(server)
-    with known.client(server):
+    with known.client(server):  # whose question is cut off, too
         stand = _stand(server, ids)
         while stand != "ended" and running_s() < end:
             time.sleep(0.01)
             stand = _stand(server, ids)
+        server.kill()
     return stand, lost
 
 

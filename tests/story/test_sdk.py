@@ -17,6 +17,7 @@ openai = pytest.importorskip("openai", reason="the client is not installed: pip 
 
 from campaigns.server import Server
 
+TOKEN, ASKED = "hf_" + "canaryCanary" * 3, "a canary in a question"
 FEW = {"lora": {"r": 4}, "train": {"learning_rate": 5e-3}}
 
 
@@ -35,14 +36,18 @@ def rows(count: int, salt: str = "") -> bytes:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
-    with Server(folder / "data", jobs={"running": 1}) as running:
-        yield running
-        assert running.stop(30) == 0
-    # The key is in nothing that was written: no log, event, card, receipt or store.
-    assert running.key not in running.said()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_TOKEN", TOKEN)
+        with Server(folder / "data", jobs={"running": 1}) as running:
+            yield running
+            assert running.stop(30) == 0
+    # Keys, tokens and what was asked are in nothing that was written: no log, event, card, receipt
+    # or store.
     files = [path for path in (folder / "data").rglob("*") if path.is_file()]
     assert len(files) > 20
-    assert not [path for path in files if running.key.encode() in path.read_bytes()]
+    for secret in (running.key, TOKEN, ASKED):
+        assert secret not in running.said()
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 @pytest.fixture
@@ -102,7 +107,7 @@ def test_upload_create_follow_retrieve_chat_and_stream(client: Any, tmp_path: Pa
     for model in ("base", done.fine_tuned_model, points[-1].fine_tuned_model_checkpoint):
         asked: Any = {
             "model": model,
-            "messages": [{"role": "user", "content": "say red 1"}],
+            "messages": [{"role": "user", "content": f"say red 1, {ASKED}"}],
             "max_completion_tokens": 6,
             "temperature": 0,
         }
