@@ -92,6 +92,7 @@ def _try(tally: Tally, label: str, strategy: Any, count: int, head: dict[str, st
 
 def _fault(case: Any, head: dict[str, str]) -> str | None:
     from schemathesis import checks
+    from schemathesis.core.failures import FailureGroup
 
     wanted = [
         checks.not_a_server_error,
@@ -101,6 +102,6 @@ def _fault(case: Any, head: dict[str, str]) -> str | None:
     ]
     try:
         case.validate_response(case.call(headers=head), checks=wanted)
-    except Exception as fault:
+    except (Exception, FailureGroup) as fault:  # a group of anything is no Exception
         return f"{type(fault).__name__}: {fault}"[:600].replace("\n", " ")
     return None

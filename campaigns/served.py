@@ -58,7 +58,7 @@ def asked_of(seed: int, file: str, held: str | None = None, **train: Any) -> dic
         "train": {
             "max_steps": STEPS,
             "save_steps": 2,
-            "eval_steps": 4,
+            **({} if held is None else {"eval_steps": 4}),
             "learning_rate": 1e-2,
             **train,
         },

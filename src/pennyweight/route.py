@@ -113,6 +113,8 @@ class Route:
         named = frozenset(name for name in self.adapters if name is not None)
         if not named or self.boundaries[-1] > MOST_MIXED_TOKENS:
             return None
+        if len(named) == 1:  # as alone, to the bit, whoever was read before
+            return _mixture(self.boundaries, self.adapters, tuple(named), device)
         if not named.issubset(self._names) or len(self._names) > 2 * len(named):
             # A name that was just read is likely back soon: what was stacked for it stays, as long
             # as half of the groups are in use.

@@ -83,6 +83,20 @@ def test_a_factor_that_changed_is_read_anew() -> None:
         torch.testing.assert_close(before[:, 0], after[:, 0])
 
 
+def test_alone_again_it_is_the_same_to_the_bit() -> None:
+    """What is stacked beside an adapter for passes in company has no part in its own."""
+    width = 512
+    layer = LoraLinear(nn.Linear(width, width), Route(), "some.layer")
+    for name, r in {"a": 3, "b": 61}.items():
+        factors = LoraFactors(torch.randn(r, width), torch.randn(width, r), 1.5, 0.0)
+        layer.put(name, factors.requires_grad_(False))
+    rows = [torch.randn(1, tokens, width) for tokens in (1, 2, 5)]
+    alone = [passed(layer, row, [row.shape[1]], ["a"])[0] for row in rows]
+    passed(layer, torch.randn(1, 2, width), [1, 1], ["a", "b"])
+    for row, before in zip(rows, alone, strict=True):
+        assert torch.equal(passed(layer, row, [row.shape[1]], ["a"])[0], before)
+
+
 def test_what_is_not_finite_stays_in_its_own_rows() -> None:
     layer, row = layer_of(), torch.randn(1, 6, 6)
     names = ["a", "b", "b", "b", "c.2", "a"]
@@ -100,4 +114,4 @@ def test_training_never_goes_at_once() -> None:
         layer(row)
         with torch.inference_mode():
             layer(row)
-    assert layer._stack is None
+    assert layer._stack is layer._lone is None

@@ -128,3 +128,7 @@ def test_the_document_names_no_answer_that_is_never_given(
     operations = [op for path in described["paths"].values() for op in path.values()]
     assert len(operations) > 18
     assert all({"200", "400", "401", "404", "429"} <= set(op["responses"]) for op in operations)
+    refusals = [
+        answer for op in operations for code, answer in op["responses"].items() if code[0] > "3"
+    ]
+    assert {kind for answer in refusals for kind in answer["content"]} == {"application/json"}

@@ -155,7 +155,8 @@ class AdaptedModule(nn.Module):
 class LoraLinear(AdaptedModule):
     """A frozen linear layer (plain, quantized or Conv1D) that adds each document its adapter's update."""
 
-    _stack: FactorStack | None = None
+    _stack: FactorStack | None = None  # of several adapters
+    _lone: FactorStack | None = None  # of one
 
     @property
     def in_features(self) -> int:
@@ -196,11 +197,11 @@ class LoraLinear(AdaptedModule):
 
     def put(self, name: str, weights: nn.Module) -> None:
         super().put(name, weights)
-        self._stack = None
+        self._stack = self._lone = None
 
     def drop(self, name: str) -> None:
         super().drop(name)
-        self._stack = None
+        self._stack = self._lone = None
 
     def _add_mixed(self, x: Tensor, y: Tensor) -> bool:
         """Add to y, in place, the updates of a short pass over few or many adapters at once;
@@ -216,12 +217,17 @@ class LoraLinear(AdaptedModule):
         whole = x.numel() == route.boundaries[-1] * x.shape[-1]
         if not whole or torch.is_autocast_enabled(x.device.type):
             return False
-        stack = self._stack
+        lone = len(mixture.names) == 1
+        stack = self._lone if lone else self._stack
         if stack is None or not stack.serves(mixture.names, x):
             factors = [
                 cast(LoraFactors, self.of(name)) if name in self else None for name in mixture.names
             ]
-            stack = self._stack = FactorStack.of(mixture.names, factors, x)
+            stack = FactorStack.of(mixture.names, factors, x)
+            if lone:
+                self._lone = stack
+            else:
+                self._stack = stack
         stack.add_to(y, x, mixture)
         return True
 

@@ -86,6 +86,10 @@ def _described(app: FastAPI) -> dict[str, Any]:
         for path, operations in found["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                for status, answer in operation["responses"].items():
+                    # Of a route that answers in text FastAPI says that its refusals are text too.
+                    if status != "200" and "text/plain" in answer.get("content", {}):
+                        answer["content"] = {"application/json": answer["content"]["text/plain"]}
                 if path == "/healthz":
                     operation["security"] = []
                 body = (
