@@ -19,7 +19,7 @@ DRAINS_WITHIN_S = 30.0
 
 
 def run(tally: Tally, cases: int | None) -> None:
-    """A job is cancelled at a random instant: within a step or two seconds nothing more is trained,
+    """A job is cancelled at a random instant, every second one in training: within a step or two seconds nothing more is trained,
     and what it made is billed. And SIGTERM at a random instant: the server ends by itself, in time,
     and the next one goes on.
     """
@@ -29,18 +29,27 @@ def run(tally: Tally, cases: int | None) -> None:
     server = Server(tally.folder / "data", str(tally.folder / "model"), forked=True)
     with server:
         file = server.upload(rows(26, ""))
-        longest_s = max(_cancelled(tally, server, file, draw) for _ in range(cases or CANCELS))
-        tally.remark(f"at most {longest_s:.2f} s from a cancel to the last step")
+        late_s = [
+            _cancelled(tally, server, file, draw, begun=number % 2 == 0)
+            for number in range(cases or CANCELS)
+        ]
+        tally.remark(f"at most {max(late_s):.2f} s from a cancel to the last step")
         took_s = _drained(tally, server, file, draw, cases or DRAINS)
         tally.remark(f"at most {took_s:.2f} s from SIGTERM to the end")
 
 
-def _cancelled(tally: Tally, server: Server, file: str, draw: random.Random) -> float:
-    """One job cancelled; how long after it was asked the last step was logged."""
+def _cancelled(
+    tally: Tally, server: Server, file: str, draw: random.Random, *, begun: bool
+) -> float:
+    """One job cancelled, once its first step is taken where it shall have `begun`; how long after it
+    was asked the last step was logged.
+    """
     asked = asked_of(draw.randrange(1000), file, max_steps=100_000, save_steps=50)
     _, job = server.ask("POST", "/fine_tuning/jobs", asked)
-    time.sleep(draw.uniform(0.0, 1.0))
     log = server.data_dir / "jobs" / job["id"] / "events.jsonl"
+    if begun:
+        until(lambda: _steps(log) > 0, 60)
+    time.sleep(draw.uniform(0.0, 0.5 if begun else 1.0))
     began = running_s()
     status, _ = server.ask("POST", f"/fine_tuning/jobs/{job['id']}/cancel")
     acknowledged = _steps(log)

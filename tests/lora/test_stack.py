@@ -88,7 +88,9 @@ def test_alone_again_it_is_the_same_to_the_bit() -> None:
     width = 512
     layer = LoraLinear(nn.Linear(width, width), Route(), "some.layer")
     for name, r in {"a": 3, "b": 61}.items():
-        factors = LoraFactors(torch.randn(r, width), torch.randn(width, r), 1.5, 0.0)
+        factors = LoraFactors(
+            torch.randn(r, width), torch.randn(width, r), scaling=1.5, dropout=0.0
+        )
         layer.put(name, factors.requires_grad_(False))
     rows = [torch.randn(1, tokens, width) for tokens in (1, 2, 5)]
     alone = [passed(layer, row, [row.shape[1]], ["a"])[0] for row in rows]
