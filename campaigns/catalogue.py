@@ -185,14 +185,14 @@ CAMPAIGNS: tuple[Campaign, ...] = (
         "server-kills",
         "a server killed at any instant during two jobs and chat: nothing acknowledged is lost, the same bits, billed once",
         200,
-        2,
+        1,
         "campaigns.server_kills:run",
     ),
     Campaign(
         "server-cancels",
         "a cancelled job trains no further than the step under way or two seconds, and pays for its steps; SIGTERM ends a server within 30 s",
         101,
-        2,
+        1,
         "campaigns.server_ends:run",
     ),
     Campaign(
@@ -206,7 +206,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
         "isolation",
         "adapters loaded, unloaded and asked by several keys: each answers as alone, another's is 404",
         2000,
-        40,
+        30,
         "campaigns.isolation:run",
     ),
     Campaign(

@@ -54,6 +54,9 @@ class _Forked:
     def send_signal(self, number: int) -> None:
         self._child.send(number)
 
+    def hears(self) -> bool:
+        return self.poll() is not None or self._child.listens()
+
     def wait(self, timeout: float | None = None) -> int:
         return self._child.wait(timeout or 60)
 
@@ -134,6 +137,11 @@ class Server:
         if (code := self._process.poll()) is not None:
             raise RuntimeError(f"the server ended with {code}: {self.said()[-2000:]}")
         return False
+
+    def hears(self) -> bool:
+        """Whether a forked one hears SIGTERM by now; earlier it is Python's start that is ended."""
+        assert isinstance(self._process, _Forked)
+        return self._process.hears()
 
     @property
     def url(self) -> str:

@@ -96,6 +96,7 @@ def _drained(tally: Tally, server: Server, file: str, draw: random.Random, count
                 until(lambda end=end: running_s() > end, for_s)  # type: ignore[misc]
                 took_s, code = _stopped(server)
         else:
+            until(server.hears, DRAINS_WITHIN_S, every_s=0.001)
             took_s, code = _stopped(server)
         longest_s = max(longest_s, took_s)
         if code not in ((0,) if serving else (0, 75)):
