@@ -37,8 +37,10 @@ def test_a_frozen_norm_is_its_formula_and_keeps_its_input(
     x = torch.randn(1, ROWS, WIDTH, dtype=dtype, requires_grad=True)
     readout = torch.randn(1, ROWS, WIDTH)
     expected = plain_norm(x, weight, 1e-5, wide_weight)
-    assert torch.equal(norm(x), expected)
-    assert torch.equal(norm(x.detach()), expected)
+    # A kernel sums squares in another order: the last place, in bf16 rarely.
+    room = 2e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(norm(x), expected, rtol=room, atol=1e-6)
+    assert torch.equal(norm(x.detach()), norm(x))
     (slope,) = torch.autograd.grad((norm(x).float() * readout).sum(), x)
     exact = x.detach().double().requires_grad_(True)
     n = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)

@@ -14,6 +14,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pennyweight.blocks import kernels
+from pennyweight.quant.kernels.build import variants
+from pennyweight.quant.kernels.cpu import library
+from pennyweight.quant.kernels.cpu.library import SWITCH
 from pennyweight.quant.kernels.trial import tried
 
 CUDA = torch.device("cuda", 0)
@@ -40,7 +43,7 @@ def test_a_kernel_serves_plain_tensors_of_one_type_that_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = put(monkeypatch, "norm")
-    assert kernels.serving("norm", torch.ones(3, 4)) is None  # on a CPU
+    assert kernels.serving("norm", torch.ones(3, 4), torch.ones(4)) is None  # on a CPU
     monkeypatch.setattr(kernels, "DEVICE_TYPE", "cpu")
     x, weight = torch.ones(3, 4), torch.nn.Parameter(torch.ones(4))
     assert kernels.serving("norm", x, weight) is module
@@ -73,6 +76,53 @@ def test_a_graph_under_construction_has_no_kernels(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernels, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert kernels.serving("norm", torch.ones(3, 4)) is None
+
+
+@pytest.fixture(params=[*variants()])
+def variant(
+    untried: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Each set of instructions of the CPU's library that runs here."""
+    monkeypatch.setenv(SWITCH, request.param)
+    library._chosen.cache_clear()
+    if library.chosen() is None:
+        pytest.skip(library.why_none())
+    yield request.param
+    library._chosen.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cpus_norm_and_gate_are_their_formulas(variant: str, dtype: torch.dtype) -> None:
+    """Law 10; a row's result does not depend on the rows beside it."""
+    x, up, grad = (torch.randn(3, 70, 48).to(dtype) for _ in range(3))
+    x[0, 0], x[0, 1] = 60 * x[0, 0], -40 * x[0, 1].abs()  # gates far out
+    weight, room = torch.randn(48).to(dtype), max(4 * torch.finfo(dtype).eps, 1e-5)
+    wide = [each.double().requires_grad_() for each in (x, up)]
+    gate = kernels.serving("feed_forward", x, up)
+    pairs = [(gate.gated(x, up, "silu"), torch.nn.functional.silu(wide[0]) * wide[1])]
+    slopes = torch.autograd.grad(pairs[0][1], wide, grad.double())
+    pairs += zip(gate.gated_back(grad, x, up, "silu", over=None), slopes, strict=True)
+    norm = kernels.serving("norm", x, weight)
+    for over_one in (False, True):
+        n = wide[0] * (wide[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        exact = n * (weight.double() + over_one)
+        y, inverse = norm.norm(x, weight, 1e-5, wide=over_one)
+        assert torch.equal(norm.scaled(x, weight, inverse, wide=over_one), y)
+        alone, _ = norm.norm(x[1:2, 5:6], weight, 1e-5, wide=over_one)
+        assert torch.equal(alone, y[1:2, 5:6])
+        (slope,) = torch.autograd.grad(exact, wide[0], grad.double())
+        pairs += [(y, exact), (norm.norm_back(grad, x, weight, inverse, wide=over_one), slope)]
+    for found, wanted in pairs:
+        assert found.dtype == dtype
+        near = room * (wanted.detach().abs() + wanted.detach().abs().mean())
+        assert ((found.double() - wanted.detach()).abs() <= near).all()
+
+
+def test_rows_in_parts_and_other_activations_are_torchs() -> None:
+    whole = torch.randn(4, 64)
+    assert kernels.serving("feed_forward", *whole.chunk(2, dim=-1)) is None
+    assert kernels.serving("norm", torch.ones(0, 16), torch.ones(16)) is None
+    assert kernels.serving("rotation", whole, whole) is None
 
 
 BF16 = "*bf16"

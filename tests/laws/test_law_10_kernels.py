@@ -216,7 +216,10 @@ def test_compiled_rows_of_8_bits_equal_torch(compiled: Library, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(7, 33), (64, 128), (130, 70), (33, 1100), (9, 1088), (6, 2048)])
+@pytest.mark.parametrize(
+    "shape",
+    [(7, 33), (64, 128), (96, 160), (130, 70), (33, 1100), (9, 1088), (6, 2048), (32, 1600)],
+)
 def test_compiled_products_are_near_float64_and_blind_to_other_rows(
     compiled: Library, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -242,6 +245,38 @@ def test_compiled_products_are_near_float64_and_blind_to_other_rows(
         for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 29):
             part = cpu.product(compiled, x[-rows:], value, added, transposed=transposed)
             assert torch.equal(part, ours[-rows:])
+
+
+@pytest.mark.parametrize("rank", [2, 16, 24])
+@pytest.mark.parametrize("shape", [(32, 32), (96, 1600), (1600, 160)])
+def test_products_of_bf16_take_an_adapter_along(
+    compiled: Library, shape: tuple[int, int], rank: int
+) -> None:
+    """Values and gradients near float64's, from sums that are rounded once; more inputs than a tile
+    holds, more rows than a block of sums, and an odd one."""
+    value = quantize_4bit(torch.randn(shape) / 8)
+    x, grad = torch.randn(201, shape[1]).bfloat16(), torch.randn(201, shape[0]).bfloat16()
+    if not cpu.multiplies_bf16(compiled, x, value):
+        pytest.skip(f"{compiled.variant} multiplies in float32")
+    beside = cpu.Beside(torch.randn(rank, shape[1]) / 8, torch.randn(shape[0], rank) / 8, 0.5)
+    bias, weight = torch.randn(shape[0]), cpu.stored(value, torch.bfloat16)
+    y, z = cpu.adapted(compiled, x, weight, bias, beside)
+    a, b = beside.a.bfloat16().double(), beside.b.bfloat16().double()
+    dense, wide = dequantize_4bit(value, torch.bfloat16).double(), x.double()
+    assert (z - wide @ a.T).norm() <= 2**-8 * z.double().norm()
+    exact = wide @ dense.T + bias.double() + 0.5 * z.double() @ b.T
+    assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+    of_x, of_a, of_b = cpu.adapted_back(compiled, grad, weight, beside, (x, z), (True, True, True))
+    dz = 0.5 * grad.double() @ b
+    for found, wanted in (
+        (of_x, grad.double() @ dense + dz @ a),
+        (of_a, dz.T @ wide),
+        (of_b, 0.5 * grad.double().T @ z.double()),
+    ):
+        assert (found - wanted).norm() <= 2**-8 * wanted.norm()
+    few = cpu.adapted(compiled, x[:3], weight, bias, beside)
+    assert torch.equal(few[0], y[:3])
+    assert torch.equal(few[1], z[:3])
 
 
 def test_compiled_products_are_as_near_to_float64_as_torchs(compiled: Library) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pennyweight.lora.layer import LoraFactors, LoraLinear, lora_delta, stable_seed
+from pennyweight.quant import QuantizedLinear, quantize_4bit
 from pennyweight.route import Route
 from pennyweight.train import saved_bytes
 
@@ -83,6 +84,42 @@ def test_gradients_are_autograds_of_the_formula(dropout: float) -> None:
         ours, torch.autograd.grad((formula() * readout).sum(), trained), strict=True
     ):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rank", [3, 16])
+@pytest.mark.parametrize("dense", [False, True])
+def test_in_bf16_results_are_as_near_to_float64_as_roundings(
+    dense: bool, rank: int, dropout: float
+) -> None:
+    """One adapter over all rows, which a product of bf16 may take along, and one over some of them."""
+    route = Route()
+    base: nn.Module
+    base = QuantizedLinear(quantize_4bit(torch.randn(96, 64) / 8), torch.randn(96).bfloat16())
+    weight, bias = base.dequantize(torch.bfloat16).double(), base.bias.double()
+    if dense:
+        base = nn.Linear(64, 96, dtype=torch.bfloat16).requires_grad_(False)
+        weight, bias = base.weight.double(), base.bias.double()
+    layer = LoraLinear(base, route, "some.layer")
+    factors = torch.randn(rank, 64) / 8, torch.randn(96, rank) / 4
+    layer.put("x", LoraFactors(*factors, scaling=1.5, dropout=dropout))
+    x = torch.randn(1, 50, 64).bfloat16().requires_grad_()
+    readout = torch.randn(1, 50, 96).bfloat16()
+    masters = [p for p in layer.parameters() if p.requires_grad]
+    a, b = (p.detach().double().requires_grad_() for p in masters)
+    exact = x.detach().double().requires_grad_()
+    seed = stable_seed(4, "some.layer")
+    for bounds, names in (((0, 50), ("x",)), ((0, 20, 50), ("x", None))):
+        stop = bounds[1]
+        added = lora_delta(exact[:, :stop], a, b, scaling=1.5, dropout=dropout, seed=seed)
+        wanted = exact @ weight.T + bias
+        wanted = wanted + nn.functional.pad(added, (0, 0, 0, 50 - stop))
+        slopes = torch.autograd.grad((wanted * readout).sum(), (exact, a, b))
+        with route.over(bounds, names, dropout_seed=4):
+            ours = layer(x)
+            found = torch.autograd.grad((ours * readout).sum(), (x, *masters))
+        for one, two in zip((ours, *found), (wanted, *slopes), strict=True):
+            assert (one.double() - two).norm() <= 0.01 * two.norm()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

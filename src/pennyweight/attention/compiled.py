@@ -1,6 +1,7 @@
 """The compiled kernel for causal attention on a CPU: the calls into `quant.kernels`' library.
 
-It serves float32 where the library is built; torch's own kernel does the work elsewhere. Half of
+It serves float32 where the library is built, and bf16 by the processor's own products or by way of
+float32; torch's own kernel does the work elsewhere. Half of
 its gain over torch's is that products run over whole blocks of queries in registers, half that
 nothing past a block's last query is looked at.
 """
@@ -22,6 +23,7 @@ from pennyweight.quant.kernels.cpu.library import Library, chosen
 __all__ = ["attend", "attend_back", "serves"]
 
 _WIDTHS: Final = range(16, 257, 16)
+_DTYPES: Final = (torch.float32, torch.bfloat16)
 _PRODUCTS_A_THREAD: Final = 1 << 18
 _ROWS: Final = ("query", "key", "value", "out", "grad", "to_query", "to_key", "to_value")
 
@@ -48,7 +50,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel takes such rows."""
     alike = query.shape[-1] == key.shape[-1] == value.shape[-1]
     fits = query.device.type == "cpu" and alike and query.shape[-1] in _WIDTHS
-    plain = all(type(t) is Tensor and t.dtype == torch.float32 for t in (query, key, value))
+    plain = all(type(t) is Tensor and t.dtype in _DTYPES for t in (query, key, value))
     return fits and plain and (found := chosen()) is not None and _agrees(found.variant)
 
 
@@ -78,25 +80,37 @@ def attend_back(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each laid out as they are."""
-    given = [_by_rows(each) for each in (query, key, value, mixed, grad)]
+    own = _in_bf16(query)
+    given = [_by_rows(each, own) for each in (query, key, value, mixed, grad)]
     made = [torch.empty_like(each) for each in given[:3]]
+    if own:  # sums over blocks of queries are kept in float32
+        made[1:] = [each.float() for each in made[1:]]
     _call("attend_back", [*given, *made], sums.contiguous(), boundaries, scale)
-    return made[0], made[1], made[2]
+    return made[0].to(query.dtype), made[1].to(query.dtype), made[2].to(query.dtype)
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, boundaries: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     _, heads, tokens, width = query.shape
-    mixed = query.new_empty(1, tokens, heads, width).transpose(1, 2)
-    sums = query.new_empty(heads, tokens, 2)  # the largest score, and the sum of powers over it
-    given = [_by_rows(each) for each in (query, key, value)]
+    own = _in_bf16(query)
+    dtype = query.dtype if own else torch.float32
+    mixed = torch.empty(1, tokens, heads, width, dtype=dtype).transpose(1, 2)
+    sums = torch.empty(heads, tokens, 2)  # the largest score, and the sum of powers over it
+    given = [_by_rows(each, own) for each in (query, key, value)]
     _call("attend", [*given, mixed], sums, boundaries, scale)
-    return mixed, sums[..., 1].log().add_(sums[..., 0])
+    return mixed.to(query.dtype), sums[..., 1].log().add_(sums[..., 0])
 
 
-def _by_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _in_bf16(query: Tensor) -> bool:
+    return query.dtype == torch.bfloat16 and _library().attend_bf16 is not None
+
+
+def _by_rows(tensor: Tensor, own: bool) -> Tensor:
+    """As the kernel reads it: rows in one piece, in bf16 if it takes that, and then in pairs."""
+    tensor = tensor if own else tensor.float()
+    odd = own and any(stride % 2 for stride in tensor.stride()[1:3])
+    return tensor if tensor.stride(-1) == 1 and not odd else tensor.contiguous()
 
 
 def _call(
@@ -122,7 +136,8 @@ def _call(
     )
     work = sum((b - a) ** 2 for a, b in pairwise(boundaries)) * heads * width
     threads = max(1, min(torch.get_num_threads(), work // _PRODUCTS_A_THREAD))
-    getattr(_library(), function)(ctypes.addressof(given), threads)
+    name = f"{function}_bf16" if query.dtype == torch.bfloat16 else function
+    getattr(_library(), name)(ctypes.addressof(given), threads)
 
 
 def _library() -> Library:

@@ -1,8 +1,8 @@
 """The gated feed-forward of Llama and its kin: down(act(gate x) * up x) (Shazeer 2020, SwiGLU).
 
 Plain autograd keeps gate, act(gate), up and their product. Here backward keeps gate and up alone
-and forms the rest again: elementwise work, where a product would cost. On a GPU a kernel does it in
-one launch each way.
+and forms the rest again: elementwise work, where a product would cost. A kernel does it in
+one launch each way on a GPU, and in one pass on a CPU.
 """
 
 from __future__ import annotations
@@ -73,11 +73,16 @@ class GatedFeedForward(nn.Module):
     ) -> Float[Tensor, "*rows inside"]:
         """act(gate) * up."""
         tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-        if not tracked and (kernel := serving("feed_forward", gate, up)) is not None:
+        if not tracked and (kernel := self.kernel(gate, up)) is not None:
             x: Tensor = kernel.gated(gate, up, self.activation)
             return x
         act, _ = ACTIVATIONS[self.activation]
         return act(gate) * up if tracked else act(gate).mul_(up)
+
+    def kernel(self, gate: Tensor, up: Tensor) -> Any:
+        """What does the elementwise work of such rows; None for eager torch."""
+        found = serving("feed_forward", gate, up)
+        return None if found is None or self.activation not in found.ACTIVATIONS else found
 
     @property
     def left_out(self) -> bool:
@@ -116,7 +121,7 @@ class _GatedDown(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, *kept = ctx.saved_tensors
         block: GatedFeedForward = ctx.block
-        down, kernel = block.down_proj, serving("feed_forward", gate, up)
+        down, kernel = block.down_proj, block.kernel(gate, up)
         acted, x, of_factors = None, None, list[Tensor | None]()
         if kernel is None:
             acted = ACTIVATIONS[block.activation][0](gate)

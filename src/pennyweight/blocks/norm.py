@@ -1,8 +1,8 @@
 """RMSNorm with a frozen weight: y = w x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019, section 3).
 
 Plain autograd keeps the input, its float32 copy and the normalized rows. Backward needs the input
-and one number a row: with n = x / rms and g = w dy, dx = (g - n mean(g n)) / rms. On a GPU a kernel does
-each way in one launch.
+and one number a row: with n = x / rms and g = w dy, dx = (g - n mean(g n)) / rms. A kernel does each
+way in one launch on a GPU, and in one pass on a CPU.
 """
 
 from __future__ import annotations

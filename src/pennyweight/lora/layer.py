@@ -21,9 +21,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pennyweight.lora.along import Along, along
 from pennyweight.lora.formed import formed_from
 from pennyweight.lora.stack import FactorStack
 from pennyweight.quant import QuantizedLinear
+from pennyweight.quant.kernels.cpu import Beside
 from pennyweight.route import Route
 
 __all__ = [
@@ -254,11 +256,23 @@ class LoraLinear(AdaptedModule):
         self, x: Float[Tensor, "*rows d_in"], updates: Sequence[Update]
     ) -> tuple[Float[Tensor, "*rows d_out"], list[Float[Tensor, "_ _"]]]:
         """W0 x with every update added in place, and A x of each, which backward reads."""
-        y: Tensor = self.base_layer(x)
+        if (taken := self._along(x, updates)) is not None:
+            y, z = taken.product(x)
+            return y, [z]
         kept = self.narrowed(x, updates)
+        y = cast(Tensor, self.base_layer(x))
         for update, z in zip(updates, kept, strict=True):
             _rows(y, update, written=True).addmm_(z, update.b.to(x.dtype).T, alpha=update.scaling)
         return y, kept
+
+    def _along(self, x: Tensor, updates: Sequence[Update]) -> Along | None:
+        """Base and update in one, where there is one update for all of the rows and no dropout."""
+        if len(updates) != 1:
+            return None
+        (u,) = updates
+        if u.stop - u.start < x.shape[-2] or (u.dropout and u.seed is not None):
+            return None
+        return along(self.base_layer, x, Beside(u.a, u.b, u.scaling))
 
     def narrowed(
         self, x: Float[Tensor, "*rows d_in"], updates: Sequence[Update]
@@ -276,6 +290,9 @@ class LoraLinear(AdaptedModule):
         of_x: bool,
     ) -> tuple[Float[Tensor, "*rows d_in"] | None, list[Tensor | None]]:
         """Gradient of x, if it is asked for, and of every update's A and B that is trained."""
+        if (taken := self._along(grad_y, updates)) is not None:
+            grad_x, *of_both = taken.gradients(grad_y, x, kept[0], of_x=of_x)
+            return grad_x, of_both
         grad_x = input_gradient(self.base_layer, grad_y) if of_x else None
         of_factors: list[Tensor | None] = []
         for update, z in zip(updates, kept, strict=True):

@@ -58,6 +58,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("kept", None, persistent=False)
+        self._read: tuple[tuple[object, ...], cpu.Weight] | None = None
 
     @property
     def value(self) -> Quantized4Bit | Quantized8Bit:
@@ -65,6 +66,11 @@ class QuantizedLinear(nn.Module):
         return self._description.with_tensors(
             {name: self.get_buffer(name) for name in self._stored_names}
         )
+
+    @property
+    def described(self) -> Quantized4Bit | Quantized8Bit:
+        """The stored weight without its numbers: what its format and shape are."""
+        return self._description
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "d_out d_in"]:
         """The dense weight, `[out_features, in_features]`, in its original dtype or in `dtype`."""
@@ -97,6 +103,16 @@ class QuantizedLinear(nn.Module):
         """W^T grad_y, in grad_y's dtype: for callers that write their own backward around forward."""
         dtype = self.compute_dtype or grad_y.dtype
         return _product(grad_y.to(dtype), self.value, None, transposed=True).to(grad_y.dtype)
+
+    def stored(self, dtype: torch.dtype) -> cpu.Weight:
+        """The value as the CPU's kernels read it, described again where its tensors have moved."""
+        stands = (dtype, *(self.get_buffer(name).data_ptr() for name in self._stored_names))
+        if self._read is None or self._read[0] != stands:
+            self._read = stands, cpu.stored(self.value, dtype)
+        return self._read[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read": None}
 
     def extra_repr(self) -> str:
         kind = self._description.format if isinstance(self._description, Quantized4Bit) else "int8"
@@ -141,7 +157,12 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        return _FrozenProduct.apply(grads[0], ctx.value, None, not ctx.transposed), None, None, None
+        return (
+            _FrozenProduct.apply(grads[0], ctx.value, None, not ctx.transposed),
+            None,
+            None,
+            None,
+        )
 
 
 def _product(

@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["agrees_with_torch", "fits", "gated", "gated_back"]
+__all__ = ["ACTIVATIONS", "agrees_with_torch", "fits", "gated", "gated_back"]
 
 _BLOCK: Final = 1024
 _WARPS: Final = 4
@@ -100,6 +100,7 @@ _EXACT: Final[dict[str, tuple[Any, Any]]] = {
         functools.partial(_aten.gelu_backward, approximate="tanh"),
     ),
 }
+ACTIVATIONS: Final = tuple(_EXACT)
 
 
 @triton.jit

@@ -37,13 +37,24 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # By machine, best first.
 _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"avx512": (*_AVX2, *_AVX512), "avx2": _AVX2},
+    "x86_64": {
+        "avx512_bf16": (*_AVX2, *_AVX512, "-mavx512bf16"),
+        "avx512": (*_AVX2, *_AVX512),
+        "avx2": _AVX2,
+    },
     "aarch64": {"neon": ()},
 }
 _PLAIN = {"plain": ("-DPENNYWEIGHT_PLAIN",)}
 _NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 _ONCE = ("library.cpp", "threads.cpp")
-_EACH = ("attention.cpp", "blockwise.cpp", "product.cpp")
+_EACH = (
+    "attention.cpp",
+    "attention_bf16.cpp",
+    "blockwise.cpp",
+    "elementwise.cpp",
+    "product.cpp",
+    "product_bf16.cpp",
+)
 
 
 class CannotBuild(RuntimeError):
@@ -71,7 +82,11 @@ def build(library: Path = LIBRARY) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         commands, objects = [], []
         named = {"": (f'-DPENNYWEIGHT_BUILT_FROM="{built_from()}"',)}
-        each = {v: (*flags, f"-DPENNYWEIGHT_VARIANT={v}") for v, flags in variants().items()}
+        each = {
+            name: (*flags, f"-DPENNYWEIGHT_VARIANT={name}")
+            for name, flags in variants().items()
+            if _knows(compiler, flags)
+        }
         for variant, flags in (named | each).items():
             for source in _EACH if variant else _ONCE:
                 objects.append(f"{scratch}/{variant}{Path(source).stem}.o")
@@ -115,6 +130,14 @@ def _compiler() -> str:
     if not found:
         raise CannotBuild(f"CXX={named}: no such program" if named else "no C++ compiler was found")
     return found
+
+
+def _knows(compiler: str, flags: tuple[str, ...]) -> bool:
+    """Whether this compiler has the instruction set: bf16 came with GCC 10 and Clang 9."""
+    command = [compiler, *flags, "-E", "-x", "c++", os.devnull]
+    return (
+        "-mavx512bf16" not in flags or not subprocess.run(command, capture_output=True).returncode
+    )
 
 
 def _run(command: list[str]) -> None:

@@ -1,9 +1,9 @@
 """The CPU kernels behind `blockwise`, `rowwise` and `linear`: the calls into the compiled library.
 
-Quantizing and dequantizing give the bits of pure torch. Products are taken in float32 from values
-dequantized tile by tile, the weight's values rounded first to the type of the input: on most CPUs
-half precision is storage, and sums are better kept in float32 on all of them. A row's result does
-not depend on the rows beside it.
+Quantizing and dequantizing give the bits of pure torch. Products are taken from values dequantized
+tile by tile and rounded first to the type of the input: in float32, since on most CPUs half
+precision is storage, or in bf16 with float32 sums where the processor has such products. A row's
+result does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -30,19 +32,40 @@ if TYPE_CHECKING:
     from pennyweight.quant.blockwise import Quantized4Bit
     from pennyweight.quant.rowwise import Quantized8Bit
 
-__all__ = ["agrees_with_torch", "fill", "nest", "product", "quantize", "serving", "why_none"]
+__all__ = [
+    "MOST_RANK",
+    "TYPES",
+    "Beside",
+    "Weight",
+    "adapted",
+    "adapted_back",
+    "agrees_with_torch",
+    "dense",
+    "fill",
+    "multiplies_bf16",
+    "nest",
+    "product",
+    "quantize",
+    "serving",
+    "stored",
+    "whole",
+    "why_none",
+]
 
-_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CPU: Final = torch.device("cpu")
 # What is larger is not found in the caches again, so it is written past them.
 _STREAMED_BYTES: Final = 1 << 24
 # A thread is worth waking for so much work.
 _ELEMENTS_A_THREAD: Final = 1 << 17
 _PRODUCTS_A_THREAD: Final = 1 << 18
+# Of a product of bf16: rows and columns come in vectors of so many, and an adapter has a rank up to this.
+_WHOLE: Final = 32
+MOST_RANK: Final = 256
 
 
-class _Weight(ctypes.Structure):
-    """`Weight` of cpu/weight.h."""
+class Weight(ctypes.Structure):
+    """`Weight` of cpu/weight.h: a value as the library reads it. The tensors must outlive it."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "group_scales")),
@@ -52,9 +75,28 @@ class _Weight(ctypes.Structure):
     )
 
 
+class _Adapter(ctypes.Structure):
+    """`Adapter` of cpu/product_bf16.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b")),
+        ("rank", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """An adapter beside a weight: float32 masters a `[r, d_in]` and b `[d_out, r]`, contiguous."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
 def serving(tensor: Tensor) -> Library | None:
     """The kernels that take such a tensor: an ordinary one on the CPU, of a type they know."""
-    if tensor.device.type != "cpu" or tensor.dtype not in _TYPES or type(tensor) is not Tensor:
+    if tensor.device.type != "cpu" or tensor.dtype not in TYPES or type(tensor) is not Tensor:
         return None
     return chosen()
 
@@ -68,7 +110,7 @@ def quantize(
     assert absmax.numel() == -(-flat.numel() // block_size)
     kernels.quantize(
         flat.data_ptr(),
-        _TYPES[flat.dtype],
+        TYPES[flat.dtype],
         flat.numel(),
         block_size,
         _thresholds(kind).data_ptr(),
@@ -99,7 +141,7 @@ def nest(
 def fill(kernels: Library, value: Quantized4Bit | Quantized8Bit, out: Tensor) -> None:
     """Write the dequantized weight into a contiguous `out`."""
     assert out.is_contiguous()
-    weight = _weight(value, out.dtype)
+    weight = stored(value, out.dtype)
     streamed = out.nbytes >= _STREAMED_BYTES
     threads = _threads(out.numel(), _ELEMENTS_A_THREAD)
     kernels.dequantize(ctypes.addressof(weight), out.data_ptr(), streamed, threads)
@@ -114,21 +156,121 @@ def product(
     transposed: bool,
 ) -> Tensor:
     """x W^T + bias, or x W where `transposed`, in x's type."""
-    weight = _weight(value, x.dtype)
+    weight = stored(value, x.dtype)
     rows, columns = value.shape
     inputs, outputs = (rows, columns) if transposed else (columns, rows)
-    flat = x.detach().reshape(-1, inputs).float().contiguous()
-    out = torch.empty((flat.shape[0], outputs), dtype=torch.float32)
+    flat, shape = x.detach().reshape(-1, inputs), (*x.shape[:-1], outputs)
+    added = None if bias is None else bias.detach().float().contiguous()
+    assert added is None or not transposed
+    at = None if added is None else added.data_ptr()
     threads = _threads(flat.shape[0] * rows * columns, _PRODUCTS_A_THREAD)
-    where = ctypes.addressof(weight), flat.data_ptr(), flat.shape[0]
+    if multiplies_bf16(kernels, x, value):
+        flat = flat.contiguous()
+        y = torch.empty(shape, dtype=x.dtype)
+        where = ctypes.addressof(weight), flat.data_ptr(), flat.shape[0], at
+        kernels.multiply_bf16(*where, None, transposed, y.data_ptr(), threads)
+        return y
+    flat = flat.float().contiguous()
+    out = torch.empty((flat.shape[0], outputs), dtype=torch.float32)
+    given = ctypes.addressof(weight), flat.data_ptr(), flat.shape[0]
     if transposed:
-        assert bias is None
-        kernels.backward(*where, out.data_ptr(), threads)
+        kernels.backward(*given, out.data_ptr(), threads)
     else:
-        added = None if bias is None else bias.detach().float().contiguous()
-        at = None if added is None else added.data_ptr()
-        kernels.forward(*where, at, out.data_ptr(), threads)
-    return out.to(x.dtype).view(*x.shape[:-1], outputs)
+        kernels.forward(*given, at, out.data_ptr(), threads)
+    return out.to(x.dtype).view(shape)
+
+
+def multiplies_bf16(kernels: Library, x: Tensor, value: Quantized4Bit | Quantized8Bit) -> bool:
+    """Whether the processor's own products of bf16 take these rows and this weight."""
+    from pennyweight.quant.blockwise import Quantized4Bit
+
+    if kernels.multiply_bf16 is None or x.dtype != torch.bfloat16:
+        return False
+    return isinstance(value, Quantized4Bit) and not value.block_size % _WHOLE and whole(value.shape)
+
+
+def whole(shape: Sequence[int]) -> bool:
+    """Whether rows and columns of a weight come in the vectors of products of bf16."""
+    return not any(size % _WHOLE for size in shape)
+
+
+def dense(weight: Tensor) -> Weight:
+    """A contiguous bf16 weight as products of bf16 read it."""
+    assert weight.dtype == torch.bfloat16
+    assert weight.is_contiguous()
+    return Weight(codes=weight.data_ptr(), rows=weight.shape[0], columns=weight.shape[1])
+
+
+def adapted(
+    kernels: Library, x: Tensor, weight: Weight, bias: Tensor | None, beside: Beside
+) -> tuple[Tensor, Tensor]:
+    """x W^T + bias + scaling x A^T B^T in one sum, and x A^T `[rows, r]`; where `multiplies_bf16`."""
+    rank, flat = beside.a.shape[0], x.reshape(-1, weight.columns)
+    z, y = flat.new_empty(flat.shape[0], rank), x.new_empty(*x.shape[:-1], weight.rows)
+    space, adapter = (_space(kernels, weight, flat.shape[0], rank), _adapter(beside, weight))
+    kernels.adapted_bf16(
+        ctypes.addressof(weight),
+        flat.data_ptr(),
+        flat.shape[0],
+        None if bias is None else bias.data_ptr(),
+        ctypes.addressof(adapter),
+        z.data_ptr(),
+        y.data_ptr(),
+        space.data_ptr(),
+        _threads(flat.shape[0] * weight.rows * weight.columns, _PRODUCTS_A_THREAD),
+    )
+    return y, z
+
+
+def adapted_back(
+    kernels: Library,
+    grad: Tensor,
+    weight: Weight,
+    beside: Beside,
+    kept: tuple[Tensor, Tensor],
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """From the gradient of `adapted` and its (x, x A^T): those of x, A and B that are wanted."""
+    x, z = kept[0].reshape(-1, weight.columns), kept[1]
+    flat, rank = grad.reshape(-1, weight.rows), beside.a.shape[0]
+    to_x = grad.new_empty(*grad.shape[:-1], weight.columns) if wanted[0] else None
+    to_a = torch.empty_like(beside.a) if wanted[1] else None
+    to_b = torch.empty_like(beside.b) if wanted[2] else None
+    space, adapter = (_space(kernels, weight, flat.shape[0], rank), _adapter(beside, weight))
+    dz = torch.empty_like(z)
+    kernels.adapted_back_bf16(
+        ctypes.addressof(weight),
+        flat.data_ptr(),
+        flat.shape[0],
+        x.data_ptr(),
+        z.data_ptr(),
+        ctypes.addressof(adapter),
+        dz.data_ptr(),
+        *(None if made is None else made.data_ptr() for made in (to_x, to_a, to_b)),
+        space.data_ptr(),
+        _threads(flat.shape[0] * weight.rows * weight.columns, _PRODUCTS_A_THREAD),
+    )
+    return to_x, to_a, to_b
+
+
+def _space(kernels: Library, weight: Weight, rows: int, rank: int) -> Tensor:
+    return torch.empty(
+        kernels.adapted_bytes(ctypes.addressof(weight), rows, rank), dtype=torch.uint8
+    )
+
+
+def _adapter(beside: Beside, weight: Weight) -> _Adapter:
+    """For the library, which reads its tensors; they must outlive the call."""
+    a, b = beside.a, beside.b
+    rank = a.shape[0]
+    assert tuple(a.shape) == (rank, weight.columns)
+    assert tuple(b.shape) == (weight.rows, rank)
+    assert a.dtype == b.dtype == torch.float32
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+    assert rank % 2 == 0
+    assert rank <= MOST_RANK
+    return _Adapter(a.data_ptr(), b.data_ptr(), rank, beside.scaling)
 
 
 def agrees_with_torch(kernels: Library) -> bool:
@@ -171,13 +313,13 @@ def agrees_with_torch(kernels: Library) -> bool:
         return all(torch.allclose(one, other, rtol=1e-4, atol=1e-3) for one, other in products)
 
 
-def _weight(value: Quantized4Bit | Quantized8Bit, dtype: torch.dtype) -> _Weight:
-    """The value for the library, which reads its tensors; it must outlive the call."""
+def stored(value: Quantized4Bit | Quantized8Bit, dtype: torch.dtype) -> Weight:
+    """The value for the library; its values are rounded to this type."""
     from pennyweight.quant.rowwise import Quantized8Bit
 
     codes = value.codes
     rows, columns = value.shape if len(value.shape) == 2 else (1, math.prod(value.shape))
-    weight = _Weight(codes=codes.data_ptr(), rows=rows, columns=columns, value_type=_TYPES[dtype])
+    weight = Weight(codes=codes.data_ptr(), rows=rows, columns=columns, value_type=TYPES[dtype])
     assert codes.is_contiguous()
     if isinstance(value, Quantized8Bit):
         weight.scales = _address(value.scale, torch.float32, rows)

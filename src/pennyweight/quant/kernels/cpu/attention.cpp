@@ -5,39 +5,11 @@
 // across lanes, and along the head's width where rows are mixed. Keys past a block's last query are
 // never looked at. A document's result does not depend on what stands beside it.
 
-#include "lanes.h"
+#include "attention.h"
 #include "threads.h"
 
 namespace pennyweight {
 namespace {
-
-constexpr int width = Lanes::width;
-constexpr int kRows = Lanes::forward_rows;  // rows that one kernel call computes
-constexpr int64_t kQueries = 64, kKeys = 64, kWidest = 256;
-constexpr float kUnseen = -1e30f;
-
-using V = Lanes::V;
-typedef int32_t Whole __attribute__((vector_size(sizeof(V))));
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE V larger(V a, V b) { return a > b ? a : b; }
-
-// e^x for x <= 0, to two units in the last place; what would be subnormal is the smallest normal.
-INLINE V exponential(V x) {
-    const V shift = Lanes::all(12582912.0f);  // 1.5 * 2^23: its sum with x is rounded to whole
-    x = larger(x, Lanes::all(-87.3f));
-    const V moved = Lanes::fused(x, Lanes::all(1.44269504f), shift), n = moved - shift;
-    V r = Lanes::fused(n, Lanes::all(-0.693145752f), x);
-    r = Lanes::fused(n, Lanes::all(-1.42860677e-6f), r);
-    V p = Lanes::all(1.38888889e-3f);
-    p = Lanes::fused(p, r, Lanes::all(8.33333333e-3f));
-    p = Lanes::fused(p, r, Lanes::all(4.16666667e-2f));
-    p = Lanes::fused(p, r, Lanes::all(1.66666667e-1f));
-    p = Lanes::fused(p, r, Lanes::all(0.5f));
-    p = Lanes::fused(p, r, Lanes::all(1.0f));
-    p = Lanes::fused(p, r, Lanes::all(1.0f));
-    return (V)((Whole)p + ((Whole)moved << 23));
-}
 
 // A matrix in memory: rows by `row`, its other index by `step`.
 struct Across {
@@ -99,34 +71,11 @@ void multiply(int64_t rows, int64_t columns, Across a, const float *b, int64_t b
     for (; n < columns; n += width) strip<1>(rows, a, b + n, b_step, steps, c + n, c_row, fresh);
 }
 
-struct Rows {  // [heads, tokens, width of a head], by strides
-    float *at;
-    int64_t head, token;
-};
-
-struct Attention {
-    Rows query, key, value, out, grad, to_query, to_key, to_value;
-    float *sums;  // log-sum-exp, [heads, tokens]
-    const int64_t *boundaries;
-    int64_t documents, tokens, heads, shared, width;  // `shared`: query heads to a key head
-    float scale;
-};
-
 // A block of queries turned, [width, kQueries], times `factor`; zeros past the last one.
 void turn(const float *from, int64_t token, int64_t held, int64_t wide, float factor, float *to) {
     for (int64_t m = 0; m < kQueries; ++m)
         for (int64_t d = 0; d < wide; ++d)
             to[d * kQueries + m] = m < held ? from[m * token + d] * factor : 0.0f;
-}
-
-// The document that the `block`-th block of queries is of, and where the block begins in it.
-INLINE int64_t document_of(const Attention &at, int64_t &block) {
-    for (int64_t i = 0;; ++i) {
-        const int64_t count = at.boundaries[i + 1] - at.boundaries[i];
-        const int64_t blocks = (count + kQueries - 1) / kQueries;
-        if (block < blocks) return i;
-        block -= blocks;
-    }
 }
 
 void forward(void *given, int64_t piece) {
@@ -261,10 +210,7 @@ using namespace pennyweight;
 
 // Fills `out`, and `sums` with (largest score, sum of powers) of each head and token.
 EXPORTED(void, attend)(const Attention *given, int32_t threads) {
-    int64_t blocks = 0;
-    for (int64_t i = 0; i < given->documents; ++i)
-        blocks += (given->boundaries[i + 1] - given->boundaries[i] + kQueries - 1) / kQueries;
-    share_out(blocks * given->heads, threads, forward, const_cast<Attention *>(given));
+    share_out(blocks_of(*given) * given->heads, threads, forward, const_cast<Attention *>(given));
 }
 
 // Fills `to_query`, `to_key` and `to_value`; `sums` holds one log-sum-exp a head and token.

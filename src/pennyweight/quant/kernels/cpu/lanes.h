@@ -446,5 +446,9 @@ struct Lanes {
 
 #endif
 
+constexpr int width = Lanes::width;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 }  // namespace
 }  // namespace pennyweight

@@ -16,6 +16,10 @@ from pennyweight.quant.kernels.build import LIBRARY, built_from, variants
 __all__ = ["SWITCH", "Library", "chosen", "why_none"]
 
 SWITCH: Final = "PENNYWEIGHT_KERNELS"
+_BF16: Final = (
+    *("attend_bf16", "attend_back_bf16", "multiply_bf16"),
+    *("adapted_bytes", "adapted_bf16", "adapted_back_bf16"),
+)
 _MEND: Final = "python -m pennyweight.quant.kernels"
 
 
@@ -31,6 +35,15 @@ class Library:
     backward: Any
     attend: Any
     attend_back: Any
+    norm: Any
+    gate: Any
+    # None where the processor has no products of bf16.
+    attend_bf16: Any
+    attend_back_bf16: Any
+    multiply_bf16: Any
+    adapted_bytes: Any
+    adapted_bf16: Any
+    adapted_back_bf16: Any
 
 
 def chosen() -> Library | None:
@@ -63,7 +76,9 @@ def _chosen(switch: str) -> Library | str:
     if stamp != built_from():
         return f"the library was built from other sources: {_MEND}"
     loaded.pennyweight_runs.restype = ctypes.c_bool
-    here = [name for name in variants() if loaded.pennyweight_runs(name.encode())]
+    # A variant that the compiler did not know is not in the library.
+    built = [name for name in variants() if hasattr(loaded, f"pennyweight_{name}_forward")]
+    here = [name for name in built if loaded.pennyweight_runs(name.encode())]
     if switch and switch not in here:
         return f"{SWITCH}={switch} is not one of those for this processor: off, {', '.join(here)}"
     return _tried(_variant(loaded, switch or here[0]))
@@ -79,11 +94,23 @@ def _variant(loaded: ctypes.CDLL, name: str) -> Library:
         "backward": (p, p, i64, p, i32),
         "attend": (p, i32),
         "attend_back": (p, i32),
+        "attend_bf16": (p, i32),
+        "attend_back_bf16": (p, i32),
+        "norm": (p, i32, i32),
+        "gate": (p, i32, i32),
+        "multiply_bf16": (p, p, i64, p, p, ctypes.c_bool, p, i32),
+        "adapted_bytes": (p, i64, i64),
+        "adapted_bf16": (p, p, i64, p, p, p, p, p, i32),
+        "adapted_back_bf16": (p, p, i64, p, p, p, p, p, p, p, p, i32),
     }
-    functions = {}
+    functions: dict[str, Any] = {}
     for function, arguments in takes.items():
-        functions[function] = getattr(loaded, f"pennyweight_{name}_{function}")
-        functions[function].argtypes, functions[function].restype = arguments, None
+        found = getattr(loaded, f"pennyweight_{name}_{function}", None)
+        assert found is not None or function in _BF16, function
+        if found is not None:
+            gives = i64 if function == "adapted_bytes" else None
+            found.argtypes, found.restype = arguments, gives
+        functions[function] = found
     return Library(name, **functions)
 
 

@@ -12,14 +12,12 @@
 namespace pennyweight {
 namespace {
 
-constexpr int width = Lanes::width;
 constexpr int64_t kTile = 1 << 14;   // floats of a tile of the weight, 64 KB
 constexpr int64_t kDepth = 512;      // inputs summed before lanes are: a multiple of every width
 constexpr int64_t kQuad = 4;         // outputs that one kernel call computes for its rows
 constexpr int64_t kPackedFloats = 1 << 21;  // of packed rows, 8 MB; more rows come after them
 
 INLINE int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Product {
     const Weight *weight;

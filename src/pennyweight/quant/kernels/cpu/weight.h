@@ -7,7 +7,8 @@ namespace pennyweight {
 
 // Row-major [rows, columns]. In 4 bits: two codes a byte, one scale for each 2^block_shift
 // elements, plain (float32) or nested (a byte each, `group` of them with one float32 scale,
-// all with one offset). In 8 bits: int8 codes and one float32 scale a row.
+// all with one offset). In 8 bits: int8 codes and one float32 scale a row. Products of bf16 take
+// values in bf16 as well, in the place of codes, without scales.
 struct Weight {
     const void *codes;
     const void *scales;
