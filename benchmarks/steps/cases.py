@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,16 @@ from benchmarks import random_llama
 from benchmarks.random_llama import LlamaShape
 from pennyweight.data.conversation import Example
 
-__all__ = ["CASES_OF", "SHAPES", "Case", "cases_of", "flops", "rows_of", "write_model"]
+__all__ = [
+    "CASES_OF",
+    "SHAPES",
+    "Case",
+    "cases_of",
+    "flops",
+    "multiplies_bf16",
+    "rows_of",
+    "write_model",
+]
 
 SHAPES = {
     "512x8": LlamaShape(512, 1408, 8, 8, 8, 8192),
@@ -30,8 +41,8 @@ ADAPTERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`mode`: full, lora, lora16 (weights and products in bf16), qlora (NF4, double quantization) or
-    adapters (four at once over NF4). `layout`: `even` documents of equal length, or `ragged` ones of
+    """`mode`: full, lora, lora16 (lora in bf16 on a GPU), qlora (NF4, double quantization) or adapters
+    (four at once over NF4). `dtype`: on a CPU, of products and of weights that are not quantized. `layout`: `even` documents of equal length, or `ragged` ones of
     an Alpaca-like spread, `packed` or `padded`. `steps` are timed, after `warm` that are not.
     `document`: tokens of an even document, and the most of a ragged one. `recompute`: every layer's
     activations again in backward.
@@ -44,6 +55,7 @@ class Case:
     warm: int = 1
     document: int = 512
     recompute: bool = False
+    dtype: str = "float32"
 
     def values(self) -> dict[str, object]:
         return asdict(self)
@@ -51,45 +63,60 @@ class Case:
 
 def cases_of(side: str, shape: str) -> list[Case]:
     """What one process of a side measures, in this order, what is left out last."""
-    return list(CASES_OF[shape](side))
+    return [c for c in CASES_OF[shape](side) if c.dtype == "float32" or multiplies_bf16()]
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has products of bf16: without, they take minutes in place of seconds."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _small(side: str) -> Iterator[Case]:
+    """Each in float32 and in bf16, so that every side's best is there."""
     if side == "trl":
         for mode in ("qlora", "lora"):
-            yield Case(mode, 2048, steps=1)
-        yield Case("qlora", 2048, "ragged packed", steps=1)
+            yield Case(mode, 2048, steps=1, dtype="bfloat16")
+        yield Case("qlora", 2048, "ragged packed", steps=1, dtype="bfloat16")
+        yield Case("qlora", 2048, steps=1)
         return
     if side == "peft compiled":
-        for mode in ("qlora", "lora"):
-            yield Case(mode, 256, steps=6, warm=2)
+        for dtype in ("bfloat16", "float32"):
+            yield Case("qlora", 256, steps=6, warm=2, dtype=dtype)
+        yield Case("lora", 256, steps=6, warm=2, dtype="bfloat16")
         return
-    for mode in ("qlora", "lora", "full"):
-        yield Case(mode, 64, steps=10, warm=3)
-        yield Case(mode, 256, steps=5, warm=2)
-        yield Case(mode, 2048, steps=1)
-        if mode == "qlora":
-            yield Case("qlora", 2048, "ragged packed", steps=1)
+    for mode, dtype in product(("qlora", "lora"), ("bfloat16", "float32")):
+        fast = dtype == "bfloat16"
+        yield Case(mode, 64, steps=16 if fast else 8, warm=4, dtype=dtype)
+        yield Case(mode, 256, steps=8 if fast else 4, warm=2, dtype=dtype)
+        yield Case(mode, 2048, steps=3 if fast else 1, dtype=dtype)
+        if mode == "qlora" and fast:
+            yield Case("qlora", 2048, "ragged packed", steps=2, dtype=dtype)
             if side != "pennyweight":  # which pads nothing
-                yield Case("qlora", 2048, "ragged padded", steps=1)
-    yield Case("adapters", 256, steps=5, warm=2)
-    yield Case("lora16", 64, steps=3)
-    yield Case("lora16", 256, steps=1)
+                yield Case("qlora", 2048, "ragged padded", steps=2, dtype=dtype)
+    yield Case("adapters", 256, steps=5, warm=2, dtype="bfloat16")
+    yield Case("adapters", 256, steps=3, warm=1)
+    for tokens in (64, 256, 2048):
+        yield Case("full", tokens, steps=max(1, 512 // tokens))
 
 
 def _large(side: str) -> Iterator[Case]:
-    yield Case("qlora", 64, steps=4)
-    yield Case("qlora", 256, steps=2)
-    yield Case("qlora", 2048, steps=1, warm=0)
-    yield Case("lora", 64, steps=4)
-    yield Case("lora", 256, steps=2)
+    for mode, dtype in product(("qlora", "lora"), ("bfloat16", "float32")):
+        yield Case(mode, 64, steps=4, dtype=dtype)
+        yield Case(mode, 256, steps=2, dtype=dtype)
+        if mode == "qlora":
+            yield Case(mode, 2048, steps=1, warm=1 if dtype == "bfloat16" else 0, dtype=dtype)
     yield Case("full", 256, steps=2)
 
 
 def _quick(side: str) -> Iterator[Case]:
     modes = {"trl": ("qlora",), "peft compiled": ("lora",)}
-    for mode in modes.get(side, ("qlora", "lora", "full", "lora16", "adapters")):
+    for mode in modes.get(side, ("qlora", "lora", "full", "adapters")):
         yield Case(mode, 64, steps=2)
+        if mode != "full":
+            yield Case(mode, 64, steps=2, dtype="bfloat16")
     if side != "peft compiled":
         yield Case("qlora", 128, "ragged packed", steps=2)
     if side == "peft":

@@ -5,13 +5,15 @@
 Codes and scales of NF4 with double quantization beside bitsandbytes'; the adapter's gradient beside
 PEFT's and one in float64; loss curves over three seeds, from the same A and B on the same rows, no
 further from PEFT's than a few times what PEFT's own drifts from itself when the rows of each step are
-reversed; documents packed beside one by one.
+reversed; documents packed beside one by one. Where the processor multiplies bf16, the gradient and the
+curve in bf16 too, no further from exact ones than PEFT's in bf16.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,7 +33,7 @@ from benchmarks.peft_oracle import (
     their_curve,
     with_adapter,
 )
-from benchmarks.steps.cases import SHAPES, Case, rows_of, write_model
+from benchmarks.steps.cases import SHAPES, Case, multiplies_bf16, rows_of, write_model
 from pennyweight.config import BaseConfig, LoraConfig, RunConfig
 from pennyweight.data.batch import collate
 from pennyweight.data.conversation import Example
@@ -76,6 +78,10 @@ def checks(work: Path, *, steps: int) -> list[dict[str, Any]]:
         _curve(base, native if right else dense, work, seed, steps, dense=not right)
         for seed in SEEDS
     ]
+    if multiplies_bf16():
+        narrow = load_base(BaseConfig(model=str(folder), dtype="bfloat16", device="cpu"))
+        found += [_narrow_gradients(narrow, native if right else dense, dense, work)]
+        found += [_narrow_curve(narrow, native if right else dense, work, steps)]
     return found
 
 
@@ -155,6 +161,66 @@ def _gradients(base: BaseModel, model: nn.Module, dense: nn.Module, work: Path) 
     }
     what = f"1 - cosine of the gradient to float64's (PEFT: {away['theirs']:.1e})"
     return _check(what, away["ours"], max(away["theirs"], 0.0) + ROUNDING)
+
+
+def _narrow_gradients(
+    base: BaseModel, model: nn.Module, dense: nn.Module, work: Path
+) -> dict[str, Any]:
+    """In bf16, over several draws: one gradient's distance is chance."""
+    away: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for seed in range(6):
+        config = _grown(base, 10 + seed)
+        folder = described(adapter_of(base, "default", config), base).save(work / f"narrow-{seed}")
+        rows = rows_of(Case("qlora", 512, "ragged packed"), base.vocab_size, seed=20 + seed)
+        ours, _, _ = _gradient(base, [rows])
+        detach(base, "default")
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = _their_gradient(_in_bf16(with_adapter(model, folder)), rows)
+        exact = _their_gradient(with_adapter(dense, folder).double(), rows).double()
+        for name, found in (("ours", ours), ("theirs", theirs)):
+            cosine = torch.cosine_similarity(found.double(), exact, dim=0)
+            away[name].append(1.0 - float(cosine))
+    middle = {name: statistics.median(found) for name, found in away.items()}
+    what = (
+        f"bf16: 1 - cosine of the gradient to float64's, median of 6 (PEFT: {middle['theirs']:.1e})"
+    )
+    return _check(what, middle["ours"], middle["theirs"])
+
+
+def _narrow_curve(base: BaseModel, model: nn.Module, work: Path, steps: int) -> dict[str, Any]:
+    """From PEFT's curve in float32, the mean distance of ours in bf16 and of its own, three seeds."""
+    settings: dict[str, Any] = {"learning_rate_at": _rate, "max_grad_norm": 1.0}
+    apart: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for seed in SEEDS:
+        config = RunConfig(adapter=LoraConfig(r=16), seed=seed)
+        folder = save_fresh_adapter(base, config, work / f"narrow-fresh-{seed}")
+        drawn: Callable[[int], list[Example]] = partial(_step_rows, base.vocab_size, seed)
+        rows = [drawn(number % 20) for number in range(steps)]
+        ours = our_curve(base, rows, **settings)
+        detach(base, "default")
+        wide = their_curve(with_adapter(model, folder), rows, **settings)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = their_curve(_in_bf16(with_adapter(model, folder)), rows, **settings)
+        for name, found in (("ours", ours), ("theirs", theirs)):
+            pairs = zip(found.losses, wide.losses, strict=True)
+            apart[name].append(statistics.mean(abs(a - b) for a, b in pairs))
+    middle = {name: statistics.mean(found) for name, found in apart.items()}
+    what = (
+        f"bf16: nats from float32's curve over {steps} steps, mean (PEFT: {middle['theirs']:.1e})"
+    )
+    return _check(what, middle["ours"], 1.5 * middle["theirs"])
+
+
+def _in_bf16(model: nn.Module) -> nn.Module:
+    """Products and weights that are not trained in bf16, as they are loaded for it; adapters stay
+    float32."""
+    for layer in model.modules():
+        if hasattr(layer, "compute_dtype"):  # of bitsandbytes
+            layer.compute_dtype = torch.bfloat16
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def _their_gradient(model: nn.Module, rows: Sequence[Example]) -> Tensor:

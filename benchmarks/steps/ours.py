@@ -31,14 +31,14 @@ class Ours:
         self._base: Any = None
         self._trainees: list[Trainee] = []
 
-    def load(self, model: Path, mode: str, *, hollow: bool = False) -> None:
+    def load(self, model: Path, mode: str, *, dtype: str = "float32", hollow: bool = False) -> None:
         self._whole_model = mode == "full"
         quantized = mode in {"qlora", "adapters"}
         config = RunConfig(
             base=BaseConfig(
                 model=str(model),
                 quantization="nf4" if quantized else "none",
-                dtype="bfloat16" if mode == "lora16" or self._device == "cuda" else "float32",
+                dtype=dtype if self._device == "cpu" and mode != "lora16" else "bfloat16",  # type: ignore[arg-type]
                 device=self._device,
             ),
             adapter=LoraConfig(r=RANK, lora_alpha=ALPHA),

@@ -17,12 +17,12 @@ EXPLAINED = """\
 Each side runs in processes of its own, in turn; a figure is the median over the processes, ± half
 the distance from the slowest to the fastest. `tokens/s` counts tokens of documents, never padding;
 `trained` those that are predicted in the loss. `floor`: the step's FLOPs (docs/performance.md, none
-for what is recomputed) over the rate of a plain PRODUCT product of the model's size, measured right
-after the step in the same process, as a share of the step's time. `memory`: the peak while it steps,
+for what is recomputed) over the rate of a plain product of the model's size in PRODUCT, measured
+right after the step in the same process, as a share of the step's time. `memory`: the peak while it steps,
 of the process or of the GPU's allocations; `added`: over what was held at rest between steps,
 weights, adapter and optimizer included. `start`: from the
 start of the process's imports to the end of the first step, load and quantization included; `load`
-alone beside it. The ratio is to the fastest of the peers in that row."""
+alone beside it. The ratio is to the fastest of the peers with those tokens, in whichever type."""
 
 
 def rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -30,11 +30,13 @@ def rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in facts["steps"]:
         layout = one["layout"] + (", recomputed" if one.get("recompute") else "")
-        key = one["shape"], one["mode"], one["tokens"], layout, one["side"]
+        dtype = one.get("dtype", "float32")
+        key = one["shape"], one["mode"], one["tokens"], layout, one["side"], dtype
         groups.setdefault(key, []).append(one)
     found = []
-    for (shape, mode, tokens, layout, side), results in groups.items():
+    for (shape, mode, tokens, layout, side, dtype), results in groups.items():
         row = {"shape": shape, "mode": mode, "tokens": tokens, "layout": layout, "side": side}
+        row["dtype"] = dtype
         good = [one for one in results if "fault" not in one]
         if not good:
             found.append(row | {"fault": results[-1]["fault"]})
@@ -84,7 +86,7 @@ def written(facts: dict[str, Any]) -> str:
     if closed := shut(facts):
         lines += [f"**The gate is shut, so no speed below counts: {'; '.join(closed)}.**", ""]
     if facts["steps"]:
-        said = EXPLAINED.replace("PRODUCT", facts.get("product", "float32"))
+        said = EXPLAINED.replace("PRODUCT", facts.get("product", "the row's type"))
         lines += [*said.splitlines(), ""]
     found = rows(facts)
     for shape in dict.fromkeys(row["shape"] for row in found):
@@ -109,13 +111,17 @@ def _table(found: Sequence[dict[str, Any]], shape: str) -> list[str]:
     return lines
 
 
+def _side(row: dict[str, Any]) -> str:
+    return row["side"] + (", bf16" if row["dtype"] == "bfloat16" else "")
+
+
 def _documents(row: dict[str, Any]) -> str:
     return row["layout"].split()[0]
 
 
 def _line(row: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
     said = row["layout"].removeprefix("even").removeprefix(", ")
-    cells = [row["mode"], f"{row['tokens']:,} {said}".strip(), row["side"]]
+    cells = [row["mode"], f"{row['tokens']:,} {said}".strip(), _side(row)]
     if "fault" in row:
         return "| " + " | ".join([*cells, row["fault"].replace("|", "/"), *[""] * 9]) + " |"
     peers = [r["tokens_per_s"] for r in alike if r["side"] != OURS and "fault" not in r]
@@ -150,10 +156,10 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     cases = list(dict.fromkeys(_name(row) for row in good))
-    sides = list(dict.fromkeys(row["side"] for row in good))
+    sides = list(dict.fromkeys(_side(row) for row in good))
     figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.45 * len(cases)))
     for number, side in enumerate(sides):
-        mine = [(cases.index(_name(r)), r["tokens_per_s"]) for r in good if r["side"] == side]
+        mine = [(cases.index(_name(r)), r["tokens_per_s"]) for r in good if _side(r) == side]
         places = [place + (number - len(sides) / 2) * 0.8 / len(sides) for place, _ in mine]
         axes.barh(places, [speed for _, speed in mine], 0.8 / len(sides), label=side)
     axes.set_yticks(range(len(cases)), cases)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.steps.side --side peft --shape 512x8 --model FOLDER --out FILE
 
-Times are of one whole step: forward, backward, clip, optimizer. The rate of a plain float32 product
-as large as the model's is measured after each case, for the floor.
+Times are of one whole step: forward, backward, clip, optimizer. The rate of a plain product as
+large as the model's, in the case's type, is measured after each case, for the floor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Program", "main"]
 class Program(Protocol):
     """A side's way to hold a model and take steps."""
 
-    def load(self, model: Path, mode: str, *, hollow: bool) -> None: ...
+    def load(self, model: Path, mode: str, *, dtype: str, hollow: bool) -> None: ...
     def drop(self) -> None: ...
     def take(
         self, rows: Sequence[Any], case: Any, warmed: Callable[[int], None]
@@ -47,23 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     program = _program(asked.side, asked.device)
     from benchmarks.steps.cases import cases_of
 
-    imported, mode, load_s = time.perf_counter() - BEGAN, "", 0.0
+    imported, held, load_s = time.perf_counter() - BEGAN, ("", ""), 0.0
     for case in cases_of(asked.side, asked.shape):
         facts = {"side": asked.side, "shape": asked.shape, **case.values()}
         try:
-            if mode != case.mode:
+            if held != (case.mode, case.dtype):
                 program.drop()
                 gc.collect()
                 began = time.perf_counter()
-                program.load(Path(asked.model), case.mode, hollow=asked.hollow)
-                mode, load_s = case.mode, time.perf_counter() - began
+                folder = Path(asked.model)
+                program.load(folder, case.mode, dtype=case.dtype, hollow=asked.hollow)
+                held, load_s = (case.mode, case.dtype), time.perf_counter() - began
             facts |= _measured(program, case, asked.shape, asked.device) | {
                 "load_s": load_s,
                 "import_s": imported,
             }
         except Exception as fault:  # the next case may well do; why this one does not is a result
             facts["fault"] = f"{type(fault).__name__}: {str(fault).strip().splitlines()[0][:150]}"
-            mode = ""
+            held = "", ""
         with Path(asked.out).open("a") as file:
             file.write(json.dumps(facts) + "\n")
     print(json.dumps({"import_s": imported}))
@@ -97,7 +98,8 @@ def _measured(program: Program, case: Any, shape_name: str, device: str) -> dict
     taken = program.take(rows, case, warmed)
     peak, seconds = _peak(device), [each for each, _ in taken[case.warm :]]
     tokens = sum(len(row.ids) for row in rows)
-    rate = product_flops(shape.hidden_size, shape.intermediate_size, tokens, device)
+    dtype = case.dtype if device == "cpu" else "bfloat16"
+    rate = product_flops(shape.hidden_size, shape.intermediate_size, tokens, device, dtype)
     return {
         "step_s": statistics.median(seconds),
         "steps_s": seconds,
@@ -113,18 +115,18 @@ def _measured(program: Program, case: Any, shape_name: str, device: str) -> dict
     }
 
 
-def product_flops(d_in: int, d_out: int, rows: int, device: str = "cpu") -> float:
-    """FLOP/s of a product `[rows, d_in] @ [d_in, d_out]` here and now, in float32 on a CPU and in
-    bf16 on a GPU: the best of several."""
+def product_flops(
+    d_in: int, d_out: int, rows: int, device: str = "cpu", dtype: str = "float32"
+) -> float:
+    """FLOP/s of a product `[rows, d_in] @ [d_in, d_out]` here and now: the best of several."""
     import torch
 
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    of = {"device": device, "dtype": getattr(torch, dtype)}
     generator = torch.Generator(device).manual_seed(0)
     x, w = (
-        torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        for shape in ((rows, d_in), (d_in, d_out))
+        torch.randn(shape, generator=generator, **of) for shape in ((rows, d_in), (d_in, d_out))
     )
-    out = torch.empty(rows, d_out, device=device, dtype=dtype)
+    out = torch.empty(rows, d_out, **of)
     best, until = float("inf"), time.perf_counter() + 0.3
     while time.perf_counter() < until or best == float("inf"):
         synchronize(device)

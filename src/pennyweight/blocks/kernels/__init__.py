@@ -22,7 +22,7 @@ __all__ = ["KERNELS", "serving", "why_eager"]
 KERNELS: Final = ("norm", "feed_forward", "rotation")
 # Where kernels run; in Triton's interpreter that is a CPU.
 DEVICE_TYPE = "cuda"
-_COMPILED: Final = {"norm": compiled.Norm, "feed_forward": compiled.FeedForward}
+_COMPILED: Final[dict[str, Any]] = {"norm": compiled.Norm, "feed_forward": compiled.FeedForward}
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
