@@ -79,6 +79,25 @@ def test_the_second_start_quantizes_nothing_and_has_the_same_bits(
     assert entry in cache.kept_bases()
 
 
+def test_what_was_kept_is_mapped_and_never_copied(
+    tiny_model_folder: Any, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers copies its configs, which carry the values through its loader."""
+    loaded(tiny_model_folder("llama"))
+    read: dict[str, Any] = {}
+    plain = cache.KeptBase.read
+
+    def watched(kept: Any) -> Any:
+        read.update(plain(kept))
+        return read
+
+    monkeypatch.setattr(cache.KeptBase, "read", watched)
+    again = quantized_layers(loaded(tiny_model_folder("llama")).module)
+    assert read
+    ours = {value.codes.data_ptr() for value in again.values()}
+    assert ours == {value.codes.data_ptr() for value in read.values()}
+
+
 def test_other_weights_or_storage_are_another_entry(
     tiny_model_folder: Any, quantized: list[Any], bases: Path
 ) -> None:

@@ -45,6 +45,11 @@ class Storage:
         self.faults: list[str] = []
         self.from_cache = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Storage:
+        """Itself: transformers copies the config that carries it, and values mapped from a cache
+        would be copied with it."""
+        return self
+
     def take_prequantized(
         self, tensors: dict[str, Any], transposed: Collection[str] = ()
     ) -> dict[str, Any]:
