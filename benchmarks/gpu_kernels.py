@@ -5,7 +5,8 @@
 
 Dequantization against a copy of as many bytes; a quantized product with the weight whole and in
 parts that stay in the second-level cache; base and adapter as one product (`lora/extended`) or
-apart. Each figure is the best of several after warming up, with random data.
+apart; norms, gates and rotary positions in the ways there are (`gpu_elementwise`). Each figure is the
+best of several after warming up, with random data.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_elementwise
 from benchmarks.machine import circumstances, in_words
 from benchmarks.steps.side import synchronize
 from pennyweight.lora.extended import extended_product
@@ -33,7 +35,7 @@ from pennyweight.quant import (
 __all__ = ["main", "rows"]
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("pennyweight", "torch", "triton", "bitsandbytes")
+PACKAGES = ("pennyweight", "torch", "triton", "bitsandbytes", "liger-kernel")
 RANK, TOKENS = 16, 4096
 PART_BYTES = 30 << 20
 SHAPES = ((4096, 4096), (14_336, 4096), (4096, 14_336))
@@ -54,17 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = asked.results / "gpu-kernels.md"
     with path.open("a") as page:
         page.write(
-            f"\n{in_words(circumstances(PACKAGES))}\n\n| what | weight | us | |\n|---|---|---:|---|\n"
+            f"\n{in_words(circumstances(PACKAGES))}\n\n| what | of | us | |\n|---|---|---:|---|\n"
         )
-        for shape in TOY if asked.tiny else SHAPES:
-            for what, seconds, said in rows(
-                shape, asked.device, tokens=64 if asked.tiny else TOKENS
-            ):
-                line = f"| {what} | {shape[0]:,} x {shape[1]:,} | {seconds * 1e6:,.1f} | {said} |\n"
-                print(line, end="", flush=True)
-                page.write(line)
-                page.flush()
+        for what, size, seconds, said in _all_rows(asked.device, tiny=asked.tiny):
+            line = f"| {what} | {size} | {seconds * 1e6:,.1f} | {said} |\n"
+            print(line, end="", flush=True)
+            page.write(line)
+            page.flush()
     return 0
+
+
+def _all_rows(device: str, *, tiny: bool) -> Iterator[tuple[str, str, float, str]]:
+    """What was timed, the size it was timed on, seconds, and what to hold it against."""
+    for shape in TOY if tiny else SHAPES:
+        for what, seconds, said in rows(shape, device, tokens=64 if tiny else TOKENS):
+            yield what, f"{shape[0]:,} x {shape[1]:,}", seconds, said
+    layer = gpu_elementwise.Shape(8, 64, 96, 4, 2, 16) if tiny else gpu_elementwise.Shape(TOKENS)
+    for what, seconds, said in gpu_elementwise.rows(layer, device, best):
+        yield what, f"{layer.tokens:,} tokens", seconds, said
 
 
 def rows(shape: tuple[int, int], device: str, *, tokens: int) -> Iterator[tuple[str, float, str]]:

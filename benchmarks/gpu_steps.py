@@ -5,8 +5,8 @@
 
 Random weights of Llama shapes; a process holds one side and one shape and measures its cases, each
 written as soon as it is there (`gpu-steps.jsonl`, `gpu-steps.md`). A peer that is not installed is
-left out, and the page says so. torchao and Unsloth have programs of their own to write once their
-wheels are there; nothing is claimed of them.
+left out, and the page says so. Those with Liger and Unsloth have only been read against their sources
+so far, for neither imports without a GPU.
 """
 
 from __future__ import annotations
@@ -29,13 +29,26 @@ from benchmarks.steps import page
 __all__ = ["main"]
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("pennyweight", "torch", "triton", "transformers", "peft", "bitsandbytes", "trl")
-NEEDS = {"pennyweight": (), "peft": ("peft", "bitsandbytes"), "trl liger": ("trl", "liger_kernel")}
+PACKAGES = (
+    *("pennyweight", "torch", "triton", "transformers", "peft", "bitsandbytes", "trl"),
+    *("liger-kernel", "torchao", "unsloth"),
+)
+NEEDS: dict[str, tuple[str, ...]] = {
+    "pennyweight": (),
+    "peft": ("peft", "bitsandbytes"),
+    "peft liger": ("peft", "bitsandbytes", "liger_kernel"),
+    "trl liger": ("trl", "datasets", "peft", "bitsandbytes", "liger_kernel"),
+    "torchao": ("peft", "torchao"),
+    "unsloth": ("unsloth", "unsloth_zoo", "bitsandbytes"),
+}
 # Shape and side, in the order of what is worth knowing: there and back, then the other sizes.
 ORDER = (
     ("8B", "pennyweight"),
     ("8B", "peft"),
     ("70B", "pennyweight"),
+    ("8B", "peft liger"),
+    ("8B", "unsloth"),
+    ("8B", "torchao"),
     ("8B", "trl liger"),
     ("13B", "pennyweight"),
     ("13B", "peft"),
@@ -45,7 +58,7 @@ ORDER = (
     ("1B", "peft"),
     ("70B", "peft"),
 )
-TOY = (("tiny", "pennyweight"), ("tiny", "peft"))
+TOY = (("tiny", "pennyweight"), ("tiny", "peft"), ("tiny", "torchao"))
 LEAST_S = 20.0  # a process that would get less is not begun
 
 

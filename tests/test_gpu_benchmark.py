@@ -107,13 +107,46 @@ def test_the_matrix_is_predicted_without_a_gpu(capsys: pytest.CaptureFixture[str
 
 def test_kernels_are_timed_beside_their_floors(tmp_path: Path) -> None:
     assert gpu_kernels.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 0
-    rows = [
-        line.split(" | ")
-        for line in (tmp_path / "gpu-kernels.md").read_text().splitlines()
-        if " x " in line
-    ]
-    assert len(rows) == 14
+    lines = (tmp_path / "gpu-kernels.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if " x " in line or " tokens |" in line]
+    ours = [row for row in rows if row[0].endswith(": here")]  # where the CPU's library is built
+    assert len(rows) == 14 + 12 + len(ours)
     assert all(float(row[2].replace(",", "")) > 0 for row in rows)
+    assert sum("forward: eager" in row[0] for row in rows) == 3
+
+
+def test_elementwise_gradients_that_are_timed_are_autograds() -> None:
+    from benchmarks.gpu_elementwise import (
+        _gated_backward,
+        _gated_forward,
+        _norm_backward,
+        _norm_forward,
+        _turned,
+        _turned_back,
+    )
+
+    x, gate, up, grad = (torch.randn(6, 16, requires_grad=i < 3) for i in range(4))
+    weight = torch.randn(16)
+    y, inverse = _norm_forward(x, weight)
+    (wanted,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(_norm_backward(grad, x, weight, inverse), wanted)
+    slopes = torch.autograd.grad(_gated_forward(gate, up), (gate, up), grad)
+    torch.testing.assert_close(_gated_backward(grad, gate, up), slopes)
+    heads = [torch.randn(1, n, 5, 8, requires_grad=True) for n in (4, 2)]
+    grads = [torch.randn_like(each) for each in heads]
+    angles = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    turned = torch.autograd.grad(_turned(*heads, *angles), heads, grads)
+    torch.testing.assert_close(tuple(_turned_back(*grads, *angles)), turned)
+
+
+def test_each_side_gets_its_program() -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    ways = {name: vars(side._program(name, "cpu")) for name in gpu_steps.NEEDS if name != "unsloth"}
+    assert ways["peft"]["_way"] == ""
+    assert ways["peft liger"]["_way"] == "liger"
+    assert ways["torchao"]["_way"] == "torchao"
+    assert ways["trl liger"]["_liger"]
+    assert {name for _, name in gpu_steps.ORDER} == gpu_steps.NEEDS.keys()
 
 
 def test_steps_on_a_toy_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +175,14 @@ def test_without_a_gpu_no_step_and_no_kernel_is_timed(tmp_path: Path) -> None:
     assert gpu_kernels.main(["--results", str(tmp_path)]) == 2
     assert gpu_steps.main(["--device", "cpu", "--results", str(tmp_path)]) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_peers_get_noise_that_norms_let_through() -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    from benchmarks.steps.peers import _fill_with_noise
+
+    hollow = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.RMSNorm(8))
+    for parameter in hollow.parameters():
+        parameter.data.zero_()
+    _fill_with_noise(hollow)
+    assert hollow(torch.ones(8)).all()

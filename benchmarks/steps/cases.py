@@ -126,15 +126,15 @@ def _quick(side: str) -> Iterator[Case]:
 def _on_a_gpu(side: str) -> Iterator[Case]:
     """The lean and the fast way of each; peers recompute as their guides say, and without it where
     it fits. What fails for want of memory is a row that says so."""
-    modes = ("qlora",) if side == "trl" else ("qlora", "lora16")
-    for mode in modes:
+    whole = side in {"pennyweight", "peft"}
+    for mode in ("qlora", "lora16") if whole else ("qlora",):
         for tokens in (4096, 16_384, 32_768):
             for recompute in (True, False):
                 yield Case(mode, tokens, "even", 10, 3, 2048, recompute)
     yield Case("qlora", 16_384, "ragged packed", 10, 3, 2048, True)
     if side == "peft":
         yield Case("qlora", 16_384, "ragged padded", 10, 3, 2048, True)
-    if side != "trl":
+    if whole:
         yield Case("adapters", 16_384, "even", 10, 3, 2048, True)
 
 
@@ -146,7 +146,8 @@ def _on_a_gpu_lean(side: str) -> Iterator[Case]:
 
 def _toy(side: str) -> Iterator[Case]:
     yield Case("qlora", 128, "even", 2, 1, 64, True)
-    yield Case("lora16", 128, "even", 2, 1, 64)
+    if side in {"pennyweight", "peft"}:
+        yield Case("lora16", 128, "even", 2, 1, 64)
 
 
 CASES_OF = {

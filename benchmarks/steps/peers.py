@@ -1,16 +1,18 @@
-"""The peers' side of the steps: PEFT over transformers and bitsandbytes, eager and compiled, and TRL's
-SFTTrainer. In bf16, weights that are not quantized are bf16 and adapters float32; under autocast, as
-TRL does it, but for steps of so few tokens that it is quicker without.
+"""The peers' side of the steps: PEFT over transformers and bitsandbytes, eager, compiled and with
+Liger's kernels; PEFT over torchao's NF4; Unsloth; and TRL's SFTTrainer. In bf16, weights that are not
+quantized are bf16 and adapters float32; under autocast, as TRL does it, but for steps of so few tokens
+that it is quicker without.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,9 +24,10 @@ from benchmarks.steps.cases import ADAPTERS, ALPHA, RANK, Case
 from benchmarks.steps.side import synchronize
 from pennyweight.data.conversation import Example
 
-__all__ = ["Peft", "Trl"]
+__all__ = ["Peft", "Trl", "Way"]
 
 _LORA: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
+Way = Literal["", "compiled", "liger", "torchao", "unsloth"]
 
 
 # From here on autocast pays: below, its casts cost more than products in float32 of adapters.
@@ -61,15 +64,50 @@ def _fill_with_noise(model: nn.Module) -> None:
                 parameter.quant_state.absmax.random_(0, 256)
                 parameter.quant_state.state2.absmax.fill_(0.01)
                 parameter.quant_state.offset.fill_(0.02)
-            elif parameter.ndim > 1:
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)  # norms, which would make zeros of all
+            else:
                 parameter.normal_(0.0, 0.01)
 
 
-class Peft:
-    """A plain loop: the model's own loss, clip, fused AdamW, each as a reader of PEFT's examples would."""
+def _of_torchao(folder: Path, device: str, *, dtype: str, hollow: bool) -> nn.Module:
+    """NF4 with double quantization as torchao has it, in plain torch operations that a compiler is to
+    fuse: so a GPU's decoder layers are compiled, one by one, as torchtune's recipes do."""
+    from torchao.quantization import to_nf4
 
-    def __init__(self, device: str = "cpu", *, compiled: bool = False) -> None:
-        self._device, self._compiled = device, compiled
+    model: Any = _model(folder, "lora", device, dtype=dtype, hollow=hollow)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            group = math.gcd(256, layer.weight.numel() // 64)  # 256 but in a toy
+            quantized = to_nf4(layer.weight.detach(), 64, group)
+            layer.weight = nn.Parameter(quantized, requires_grad=False)
+    if device == "cuda":
+        for layer in model.model.layers:
+            layer.compile()
+    return model
+
+
+def _of_unsloth(folder: Path, *, hollow: bool) -> nn.Module:
+    """Unsloth's loader and adapters, with its own recomputation."""
+    from unsloth import FastLanguageModel
+
+    loaded, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=32_768, dtype=torch.bfloat16, load_in_4bit=True
+    )
+    if hollow:
+        _fill_with_noise(loaded)
+    adapted: nn.Module = FastLanguageModel.get_peft_model(loaded, r=RANK, lora_alpha=ALPHA)
+    return adapted
+
+
+class Peft:
+    """A plain loop: the model's own loss, clip, fused AdamW, each as a reader of PEFT's examples would.
+
+    `way`: how the model is made quicker, or whose it is; `torchao` and `unsloth` know `qlora` alone.
+    """
+
+    def __init__(self, device: str = "cpu", way: Way = "") -> None:
+        self._device, self._way = device, way
         self.drop()
 
     def drop(self) -> None:
@@ -78,15 +116,15 @@ class Peft:
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def load(self, model: Path, mode: str, *, dtype: str = "float32", hollow: bool = False) -> None:
-        loaded = _model(model, mode, self._device, dtype=dtype, hollow=hollow)
+        assert mode == "qlora" or self._way not in {"torchao", "unsloth"}, mode
         names = [f"a{i}" for i in range(ADAPTERS)] if mode == "adapters" else ["default"]
-        if mode != "full":
-            loaded = get_peft_model(loaded, LoraConfig(**_LORA), adapter_name=names[0])
-            for name in names[1:]:
-                loaded.add_adapter(name, LoraConfig(**_LORA))
-        loaded.train()
+        if self._way == "unsloth":
+            loaded: Any = _of_unsloth(model, hollow=hollow)
+        else:
+            loaded = self._adapted(self._base(model, mode, dtype, hollow=hollow), mode, names)
         self._model = loaded
-        self._run = torch.compile(loaded) if self._compiled else loaded
+        loaded.train()
+        self._run = torch.compile(loaded) if self._way == "compiled" else loaded
         self._optimizers = {}
         for name in names:
             if mode == "adapters":
@@ -96,6 +134,35 @@ class Peft:
                 trained, lr=1e-4, weight_decay=0.0, fused=True
             )
 
+    def _base(self, folder: Path, mode: str, dtype: str, *, hollow: bool) -> nn.Module:
+        if self._way == "torchao":
+            return _of_torchao(folder, self._device, dtype=dtype, hollow=hollow)
+        loaded = _model(folder, mode, self._device, dtype=dtype, hollow=hollow)
+        if self._way == "liger":
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama(model=loaded)
+        return loaded
+
+    def _adapted(self, base: Any, mode: str, names: Sequence[str]) -> Any:
+        if mode == "full":
+            return base
+        adapted: Any = get_peft_model(base, LoraConfig(**_LORA), adapter_name=names[0])
+        for name in names[1:]:
+            adapted.add_adapter(name, LoraConfig(**_LORA))
+        return adapted
+
+    def _recompute(self, on: bool) -> None:
+        if self._way == "unsloth":
+            from unsloth import FastLanguageModel
+
+            FastLanguageModel.for_training(self._model, use_gradient_checkpointing=on)
+        elif on:
+            self._model.enable_input_require_grads()
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self._model.gradient_checkpointing_disable()
+
     def take(
         self, rows: Sequence[Example], case: Case, warmed: Callable[[int], None]
     ) -> list[tuple[float, float]]:
@@ -103,11 +170,7 @@ class Peft:
         batches = [rows] if alone else [[row] for row in rows]
         packed = "packed" in case.layout
         inputs = [_inputs(each, self._device, packed=packed) for each in batches]
-        if case.recompute:
-            self._model.enable_input_require_grads()
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self._model.gradient_checkpointing_disable()
+        self._recompute(case.recompute)
         taken = []
         casts = case.dtype == "bfloat16" and case.tokens >= AUTOCAST_TOKENS
         for number in range(1, case.warm + case.steps + 1):

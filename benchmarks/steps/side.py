@@ -77,11 +77,14 @@ def _program(side: str, device: str) -> Program:
         from benchmarks.steps.ours import Ours
 
         return Ours(device)
+    if side == "unsloth":
+        import unsloth  # noqa: F401  it rewrites transformers, so it comes before that
     from benchmarks.steps.peers import Peft, Trl
 
-    if side.startswith("trl"):
-        return Trl(device, liger=side.endswith("liger"))
-    return Peft(device, compiled=side.endswith("compiled"))
+    name, _, way = side.rpartition(" ")
+    if "trl" in (name, way):
+        return Trl(device, liger=way == "liger")
+    return Peft(device, "" if side == "peft" else way)  # type: ignore[arg-type]
 
 
 def _measured(program: Program, case: Any, shape_name: str, device: str) -> dict[str, Any]:

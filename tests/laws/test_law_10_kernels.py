@@ -16,6 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pennyweight.blocks import RMSNorm
+from pennyweight.blocks import kernels as layer_kernels
 from pennyweight.quant import (
     BLOCK_SIZES,
     NestedScales,
@@ -30,6 +32,7 @@ from pennyweight.quant.blockwise import fill_in_torch, nest_in_torch, quantize_i
 from pennyweight.quant.kernels import cpu
 from pennyweight.quant.kernels.build import variants
 from pennyweight.quant.kernels.cpu.library import SWITCH, Library, chosen
+from pennyweight.quant.kernels.trial import tried
 
 TESTS = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +80,35 @@ def test_kernels_equal_torch_on_the_device(device: torch.device, dtype: torch.dt
         assert torch.equal(buffer[1:-3], expected.view(-1))
         assert (buffer[:1] == 7).all()
         assert (buffer[-3:] == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", layer_kernels.KERNELS)
+def test_kernels_of_a_layer_agree_with_float64_on_the_device(
+    device: torch.device, kernel: str, dtype: torch.dtype
+) -> None:
+    assert layer_kernels.why_eager(kernel, device) == ""
+    assert tried(f"{layer_kernels.__name__}.{kernel}", device, dtype).agrees_with_torch(
+        device, dtype
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 4096, 5120, 8192, 16_384])
+def test_norms_of_real_widths_are_eager_torchs_on_the_device(
+    device: torch.device, width: int
+) -> None:
+    weight = torch.nn.Parameter(torch.randn(width, device=device).bfloat16(), requires_grad=False)
+    layer = RMSNorm(weight, 1e-5)
+    x = torch.randn(300, width, device=device).bfloat16().requires_grad_()
+    grad = torch.randn(300, width, device=device).bfloat16()
+    found = layer(x), *torch.autograd.grad(layer(x), x, grad)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "off")
+        plain = layer(x), *torch.autograd.grad(layer(x), x, grad)
+    for one, two in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu
