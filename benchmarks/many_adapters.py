@@ -1,12 +1,15 @@
 """The same adapters trained one after another and all at once, beside PEFT + bitsandbytes.
 
-    python -m benchmarks.many_adapters --case 4x128 --case 4x512
+    python -m benchmarks.many_adapters                  # all twelve cases; those measured are passed over
+    python -m benchmarks.many_adapters --case 2x128     # one of them, again
 
-A case is adapters x tokens a step, on a random Llama of hidden size 512 and 8 layers in NF4, 8 steps
-each. Ways: a `pennyweight train` process for each adapter; one process for all, `exact` and `fast`;
-a PEFT + bitsandbytes process for each. Whole processes are timed, imports and loading included, for
-that is what a person waits for. Gate: every adapter's last loss is the same in all ways within
-2 %. A case is appended to results/many_adapters.md as soon as it is measured.
+A case is adapters x tokens of a job's step, on a random Llama of hidden size 512 and 4 layers in
+NF4. Ways: a `pennyweight train` process for each adapter; one process for all, `exact` and `fast`; a
+PEFT + bitsandbytes process for each. Whole processes are timed, imports and loading included, for
+that is what a person waits for, and beside that the steps alone. Of those that run one after
+another two are measured, and count for all. A case is told only where `exact` ended with the bits of
+alone, `fast` within the bound of law 7 and in shared passes throughout, and the last losses of all
+ways are the same within 2 %; it is appended to results/many_adapters.md as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -19,15 +22,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import circumstances, in_words
 
 RESULTS = Path(__file__).parent / "results" / "many_adapters.md"
-STEPS, RANK, LAYERS, HIDDEN = 8, 8, 8, 512
-BOUND = 0.02
+ADAPTERS, TOKENS = (2, 4, 8), (128, 512, 2048, 4096)
+STEPS = {128: 8, 512: 4, 2048: 2, 4096: 2}
+RANK, LAYERS, HIDDEN = 8, 4, 512
+MEASURED_ALONE = 2
+LOSS_BOUND, WEIGHTS_BOUND = 0.02, 1e-3
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+ALONE, EXACT, FAST = "one after another", "at once, exact", "at once, fast"
+PEER = "PEFT + bitsandbytes, one after another"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of training a case's adapters: seconds of whole processes and of their steps, the
+    highest resident bytes, each measured adapter's last loss, and how far weights are from alone."""
+
+    name: str
+    seconds: float
+    step_seconds: float
+    peak_bytes: int
+    losses: tuple[float, ...]
+    weights_apart: float | None = None
 
 
 def main() -> None:
@@ -39,12 +61,20 @@ def main() -> None:
     if asked.peer is not None:
         print(json.dumps(_peer(asked.peer)))
         return
+    cases = [tuple(map(int, case.split("x"))) for case in asked.case]
+    known = asked.results.read_text(encoding="utf-8") if asked.results.is_file() else ""
+    if not cases:
+        every = [(adapters, tokens) for tokens in TOKENS for adapters in ADAPTERS]
+        cases = [case for case in every if f"{_title(*case)}\n" not in known]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         _build(folder)
-        for case in asked.case or ["2x128", "4x128", "4x512"]:
-            adapters, tokens = map(int, case.split("x"))
-            _append(_measured(folder, adapters, tokens), asked.results)
+        alone: dict[int, tuple[Way, Way]] = {}
+        for adapters, tokens in cases:
+            if tokens not in alone:
+                alone[tokens] = _alone(folder, tokens), _peers(folder, tokens)
+            ways = _measured(folder, adapters, tokens, *alone[tokens])
+            append(adapters, tokens, ways, asked.results)
 
 
 def _build(folder: Path) -> None:
@@ -84,7 +114,7 @@ def _described(folder: Path, tokens: int) -> dict[str, Any]:
             "max_duplicate_share": 1.0,
         },
         "train": {
-            "max_steps": STEPS,
+            "max_steps": STEPS.get(tokens, 4),
             "tokens_per_step": tokens,
             "learning_rate": 2e-3,
             "lr_scheduler_type": "constant",
@@ -93,56 +123,117 @@ def _described(folder: Path, tokens: int) -> dict[str, Any]:
     }
 
 
-def _measured(folder: Path, adapters: int, tokens: int) -> dict[str, Any]:
-    place = folder / f"{adapters}x{tokens}"
-    place.mkdir()
-    shared = _described(folder, tokens)
-    ways: dict[str, Any] = {}
-    alone = []
-    for seed in range(adapters):
-        path = place / f"alone-{seed}.yaml"
-        out = place / f"alone-{seed}"
-        path.write_text(json.dumps(shared | {"seed": seed, "output_dir": str(out)}))
-        alone.append(_run(["-m", "pennyweight", "train", str(path)]) | {"loss": _last_loss(out)})
-    ways["one after another"] = alone
-    grid = {"grid": {"seed": list(range(adapters))}}
-    for mode in ("exact", "fast") if adapters > 1 else ():
-        path, out = place / f"{mode}.yaml", place / mode
-        described = shared | {"output_dir": str(out), "adapters": grid | {"mode": mode}}
+def _alone(folder: Path, tokens: int) -> Way:
+    """Seeds 0 and 1, a process each; seconds and peak are those of one, on average and at most."""
+    told = []
+    for seed in range(MEASURED_ALONE):
+        path, out = _place(folder, tokens, seed)
+        described = _described(folder, tokens) | {"seed": seed, "output_dir": str(out)}
+        path.write_text(json.dumps(described))
+        process = _run(["-m", "pennyweight", "train", str(path)])
+        told.append(process | {"loss": _last_loss(out), "steps": _step_seconds(out)})
+    return _of_one(ALONE, told)
+
+
+def _peers(folder: Path, tokens: int) -> Way:
+    told = []
+    for seed in range(MEASURED_ALONE):
+        path, _ = _place(folder, tokens, seed)
+        process = _run(["-m", "benchmarks.many_adapters", "--peer", str(path)])
+        told.append(process | json.loads(process["said"].splitlines()[-1]))
+    return _of_one(PEER, told)
+
+
+def _place(folder: Path, tokens: int, seed: int) -> tuple[Path, Path]:
+    return folder / f"alone-{tokens}-{seed}.yaml", folder / f"alone-{tokens}-{seed}"
+
+
+def _of_one(name: str, told: Sequence[dict[str, Any]]) -> Way:
+    return Way(
+        name,
+        sum(each["seconds"] for each in told) / len(told),
+        sum(each["steps"] for each in told) / len(told),
+        max(each["peak"] for each in told),
+        tuple(each["loss"] for each in told),
+    )
+
+
+def _measured(folder: Path, adapters: int, tokens: int, alone: Way, peer: Way) -> list[Way]:
+    """All ways of one case; `alone` and `peer` are of one adapter."""
+    at_once = []
+    for name, mode in ((EXACT, "exact"), (FAST, "fast")):
+        path, out = folder / f"{mode}.yaml", folder / f"{mode}-{adapters}x{tokens}"
+        grid = {"grid": {"seed": list(range(adapters))}, "mode": mode}
+        described = _described(folder, tokens) | {"output_dir": str(out), "adapters": grid}
         path.write_text(json.dumps(described))
         told = _run(["-m", "pennyweight", "train", str(path)])
-        losses = [_last_loss(out / f"seed-{seed}") for seed in range(adapters)]
-        ways[f"at once, {mode}"] = [told | {"loss": losses}]
-    peers = []
-    for seed in range(adapters):
-        told = _run(["-m", "benchmarks.many_adapters", "--peer", str(place / f"alone-{seed}.yaml")])
-        peers.append(told | {"loss": json.loads(told["said"].splitlines()[-1])["loss"]})
-    ways["PEFT + bitsandbytes, one after another"] = peers
-    return {"adapters": adapters, "tokens": tokens, "ways": ways}
+        if mode == "fast":
+            _require_shared(out, STEPS.get(tokens, 4))
+        runs = [out / f"seed-{seed}" for seed in range(adapters)]
+        first = range(min(adapters, MEASURED_ALONE))
+        apart = max(_apart(runs[seed], _place(folder, tokens, seed)[1]) for seed in first)
+        losses = tuple(_last_loss(runs[seed]) for seed in first)
+        seconds = sum(map(_step_seconds, runs))
+        at_once.append(Way(name, told["seconds"], seconds, told["peak"], losses, apart))
+    return [_times(alone, adapters), *at_once, _times(peer, adapters)]
+
+
+def _times(one: Way, adapters: int) -> Way:
+    seconds, steps = adapters * one.seconds, adapters * one.step_seconds
+    return Way(one.name, seconds, steps, one.peak_bytes, one.losses)
+
+
+def _require_shared(sweep: Path, steps: int) -> None:
+    """Every step of `fast` was one shared pass, or it would be `exact` under another name."""
+    made = json.loads((sweep / "adapters.json").read_text(encoding="utf-8"))["shared_passes"]
+    if made < steps:
+        raise SystemExit(f"{sweep.name}: {made} shared passes in {steps} steps")
 
 
 def _run(arguments: Sequence[str]) -> dict[str, Any]:
     """Seconds and highest resident bytes of a process, from the system's own account of it."""
     began = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert child.stdout is not None
-    said = child.stdout.read()
-    _, status, used = os.wait4(child.pid, 0)
-    if status:
-        raise RuntimeError(f"{arguments} ended with {os.waitstatus_to_exitcode(status)}: {said}")
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as aside:
+        child = subprocess.Popen(
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=aside, text=True
+        )
+        assert child.stdout is not None
+        said = child.stdout.read()
+        _, status, used = os.wait4(child.pid, 0)
+        if status:
+            aside.seek(0)
+            end = aside.read()[-2000:]
+            raise RuntimeError(f"{arguments}: exit {os.waitstatus_to_exitcode(status)}: {end}")
     return {"seconds": time.perf_counter() - began, "peak": used.ru_maxrss * 1024, "said": said}
 
 
-def _last_loss(run: Path) -> float:
+def _steps_of(run: Path) -> list[dict[str, Any]]:
     from pennyweight.report import read_events
 
-    return float([e["loss"] for e in read_events(run / "events.jsonl") if e["kind"] == "step"][-1])
+    return [event for event in read_events(run / "events.jsonl") if event["kind"] == "step"]
+
+
+def _last_loss(run: Path) -> float:
+    return float(_steps_of(run)[-1]["loss"])
+
+
+def _step_seconds(run: Path) -> float:
+    return sum(float(step["seconds"]) for step in _steps_of(run))
+
+
+def _apart(one: Path, other: Path) -> float:
+    """Largest difference of a trained weight, against the largest weight of its tensor."""
+    from safetensors.torch import load_file
+
+    name = "adapter/adapter_model.safetensors"
+    ours, theirs = load_file(one / name), load_file(other / name)
+    return max(
+        float((ours[key] - theirs[key]).abs().max() / theirs[key].abs().max()) for key in theirs
+    )
 
 
 def _peer(description: Path) -> dict[str, Any]:
-    """PEFT and bitsandbytes on the same rows in the same order, from the same A and B."""
+    """PEFT and bitsandbytes on the same rows in the same order, with as large an adapter."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -154,9 +245,10 @@ def _peer(description: Path) -> dict[str, Any]:
 
     config = load_run(description).config
     data = prepared(config)
+    wanted = config.train.max_steps or 0
     steps: list[list[Any]] = []
     epoch = 0
-    while len(steps) < STEPS:
+    while len(steps) < wanted:
         batches = micro_batches(config, data.train.lengths, epoch)
         steps += [[data.train[i] for i in batch] for batch in batches]
         epoch += 1
@@ -173,34 +265,50 @@ def _peer(description: Path) -> dict[str, Any]:
     adapted = get_peft_model(
         model, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    curve = their_curve(adapted, steps[:STEPS], learning_rate_at=lambda _: 2e-3, max_grad_norm=1.0)
-    return {"loss": curve.losses[-1]}
+    curve = their_curve(adapted, steps[:wanted], learning_rate_at=lambda _: 2e-3, max_grad_norm=1.0)
+    return {"loss": curve.losses[-1], "steps": sum(curve.seconds)}
 
 
-def _append(found: dict[str, Any], results: Path) -> None:
-    """The case's table under what is there; refused where the losses are not the same."""
-    ways, lines = found["ways"], []
-    first = [each["loss"] for each in ways["one after another"]]
-    slow = sum(each["seconds"] for each in ways["one after another"])
-    for way, runs in ways.items():
-        losses = [
-            x for e in runs for x in (e["loss"] if isinstance(e["loss"], list) else [e["loss"]])
-        ]
-        apart = max(abs(a - b) / b for a, b in zip(losses, first, strict=True))
-        if apart > BOUND:
-            raise SystemExit(f"{way}: last losses {losses}, alone {first}: not the same training")
-        seconds, peak = sum(e["seconds"] for e in runs), max(e["peak"] for e in runs)
+def _title(adapters: int, tokens: int) -> str:
+    return f"## {adapters} adapters, {tokens:,} tokens a step"
+
+
+def append(adapters: int, tokens: int, ways: Sequence[Way], results: Path) -> None:
+    """The case's table under what is there, or in place of an earlier one of it; refused where it is
+    not the same training."""
+    first, lines = ways[0], []
+    for way in ways:
+        pairs = zip(way.losses, first.losses, strict=True)
+        apart = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+        bound = {EXACT: 0.0, FAST: WEIGHTS_BOUND}.get(way.name)
+        moved = way.weights_apart
+        if apart > LOSS_BOUND or (bound is not None and (moved is None or moved > bound)):
+            raise SystemExit(
+                f"{way.name}: last losses {way.losses}, alone {first.losses}, weights {moved} apart: "
+                "not the same training"
+            )
         lines.append(
-            f"| {way} | {seconds:.1f} | {slow / seconds:.2f} | {peak / 1e6:,.0f} | {apart:.1e} |"
+            f"| {way.name} | {way.seconds:.1f} | {first.seconds / way.seconds:.2f} "
+            f"| {way.step_seconds:.1f} | {first.step_seconds / way.step_seconds:.2f} "
+            f"| {way.peak_bytes / 1e6:,.0f} | {apart:.1e} | {'' if moved is None else f'{moved:.1e}'} |"
         )
-    title = f"## {found['adapters']} adapters, {found['tokens']:,} tokens a step"
-    head = ["| | seconds in all | times as fast | highest resident MB | losses apart |"]
-    head += ["|---|---:|---:|---:|---:|"]
+    head = [
+        "| | seconds in all | times as fast | in steps | times as fast | highest resident MB "
+        "| last loss apart | weights apart |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     text = results.read_text(encoding="utf-8") if results.is_file() else "# Many adapters\n"
-    made = f"{in_words(circumstances(PACKAGES))} `python -m benchmarks.many_adapters`"
-    body = "\n".join([text.rstrip(), "", title, "", *head, *lines, "", made, ""])
+    before, title, after = text.partition(f"{_title(adapters, tokens)}\n")
+    if title:
+        _, mark, others = after.partition("\n## ")
+        text = before + (mark + others).lstrip("\n")
+    made = (
+        f"{STEPS.get(tokens, 4)} steps. {in_words(circumstances(PACKAGES))} "
+        f"`python -m benchmarks.many_adapters --case {adapters}x{tokens}`"
+    )
+    body = "\n".join([text.rstrip(), "", _title(adapters, tokens), "", *head, *lines, "", made, ""])
     results.write_text(body, encoding="utf-8")
-    print("\n".join([title, *head, *lines]), flush=True)
+    print("\n".join([_title(adapters, tokens), *head, *lines]), flush=True)
 
 
 if __name__ == "__main__":

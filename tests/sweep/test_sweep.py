@@ -77,6 +77,7 @@ def test_four_at_once_end_as_each_alone_also_after_a_signal(many, description, m
 def test_fast_is_within_rounding_of_alone(many):
     fast = sweep(many("fast", grid=GRID, mode="fast"))
     exact = sweep(many("exact", grid=GRID))
+    assert (fast.shared_passes, exact.shared_passes) == (fast.adapters[0].steps, 0)
     for one, other in zip(fast.adapters, exact.adapters, strict=True):
         assert one.status == "finished"
         assert one.loss_after == pytest.approx(other.loss_after, rel=1e-4)

@@ -121,9 +121,9 @@ class Engine:
             for name, batch in batches.items()
         ]
         if self.mode == "fast":
-            found = forward_backward_together(shares)
+            found = forward_backward_together(shares).found
         else:
-            found = [each for share in shares for each in forward_backward_together([share])]
+            found = [forward_backward_together([share]).found[0] for share in shares]
         return {name: _passed(each) for name, each in zip(batches, found, strict=True)}
 
     def optim_step(self, name: str, *, epoch: float = 0.0) -> Step:

@@ -41,7 +41,8 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """All of them, in the order they were described, and what the process took."""
+    """All of them, in the order they were described, and what the process took; `shared_passes`:
+    those of this call that several adapters went through together (`fast`)."""
 
     output_dir: str
     mode: str
@@ -49,6 +50,7 @@ class Sweep:
     seconds: float
     peak_memory_bytes: int | None
     planned_peak_bytes: int
+    shared_passes: int = 0
 
     @property
     def exit_code(self) -> int:

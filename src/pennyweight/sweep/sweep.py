@@ -165,6 +165,7 @@ class _Sweep:
         ]
         self.gone: set[str] = set()  # at a rung that was passed, in this call or an earlier one
         self.origin = origin
+        self.shared_passes = 0
         self._prepared: dict[str, Prepared] = {}
 
     def __enter__(self) -> _Sweep:
@@ -210,6 +211,7 @@ class _Sweep:
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(self.base.device),
             planned_peak_bytes=self.predicted.peak_bytes,
+            shared_passes=self.shared_passes,
         )
 
     def _underway(self, member: _Member) -> Beats[RunResult]:
@@ -277,7 +279,8 @@ class _Sweep:
         if len(ready) < len([m for m in turn if m.living and not m.interrupted]):
             return  # somebody evaluates or saves yet
         for group in _groups([m.due for m in ready if m.due], self.predicted.pass_tokens):
-            forward_backward_together([(due.trainee, due.batch) for due in group])
+            made = forward_backward_together([(due.trainee, due.batch) for due in group])
+            self.shared_passes += made.shared
         for member in ready:
             self._advance(member)
 

@@ -22,7 +22,7 @@ from pennyweight.train.memory import (
 )
 from pennyweight.train.random_state import random_tensors, restore_random
 from pennyweight.train.recompute import Recompute, disable_checkpointing, enable_checkpointing
-from pennyweight.train.together import forward_backward_together
+from pennyweight.train.together import Together, forward_backward_together
 from pennyweight.train.trainee import Step, Trainee
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "RunLock",
     "Step",
     "StopRequest",
+    "Together",
     "Trainee",
     "disable_checkpointing",
     "enable_checkpointing",

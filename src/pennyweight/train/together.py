@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -20,14 +21,22 @@ from pennyweight.loss import summed_cross_entropy
 from pennyweight.train.memory import is_out_of_memory, release_cached
 from pennyweight.train.trainee import Trainee
 
-__all__ = ["forward_backward_together"]
+__all__ = ["Together", "forward_backward_together"]
 
 Share = tuple[Trainee, Batch]
 Passed = tuple[Tensor, int]
 Found = list[tuple[Tensor, int, list[Tensor | None]]]  # of each share: sum, count, gradients
 
 
-def forward_backward_together(shares: Sequence[Share]) -> list[Passed | MemoryExhausted]:
+@dataclass(frozen=True, slots=True)
+class Together:
+    """What came of each share, in order; `shared` says whether one pass did it."""
+
+    found: list[Passed | MemoryExhausted]
+    shared: bool
+
+
+def forward_backward_together(shares: Sequence[Share]) -> Together:
     """`forward_backward` of trainees of one base, each with a micro-batch of its own adapter.
 
     Where memory does not do, or a loss or gradient is not finite, nothing of the pass is kept and
@@ -40,12 +49,12 @@ def forward_backward_together(shares: Sequence[Share]) -> list[Passed | MemoryEx
     assert all(len(set(batch.adapters)) == 1 for _, batch in shares), "a share has one adapter"
     found = _tried(shares) if len(shares) > 1 else None
     if found is None:
-        return [_alone(trainee, batch) for trainee, batch in shares]
+        return Together([_alone(trainee, batch) for trainee, batch in shares], False)
     seconds = time.perf_counter() - began
     tokens = sum(batch.tokens for _, batch in shares)
     for (trainee, batch), (total, count, gradients) in zip(shares, found, strict=True):
         trainee.take(batch, total, count, gradients, seconds * batch.tokens / tokens)
-    return [(total, count) for total, count, _ in found]
+    return Together([(total, count) for total, count, _ in found], True)
 
 
 def _alone(trainee: Trainee, batch: Batch) -> Passed | MemoryExhausted:
