@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ PEER = "PEFT + bitsandbytes, one after another"
 @dataclass(frozen=True, slots=True)
 class Way:
     """One way of training a case's adapters: seconds of whole processes and of their steps, the
-    highest resident bytes, each measured adapter's last loss, and how far weights are from alone."""
+    highest resident bytes, each measured adapter's last loss, how far weights are from alone, and the
+    seconds of the steps of each process that was measured."""
 
     name: str
     seconds: float
@@ -50,6 +51,7 @@ class Way:
     peak_bytes: int
     losses: tuple[float, ...]
     weights_apart: float | None = None
+    measured: tuple[float, ...] = ()
 
 
 def main() -> None:
@@ -155,6 +157,7 @@ def _of_one(name: str, told: Sequence[dict[str, Any]]) -> Way:
         sum(each["steps"] for each in told) / len(told),
         max(each["peak"] for each in told),
         tuple(each["loss"] for each in told),
+        measured=tuple(each["steps"] for each in told),
     )
 
 
@@ -180,7 +183,7 @@ def _measured(folder: Path, adapters: int, tokens: int, alone: Way, peer: Way) -
 
 def _times(one: Way, adapters: int) -> Way:
     seconds, steps = adapters * one.seconds, adapters * one.step_seconds
-    return Way(one.name, seconds, steps, one.peak_bytes, one.losses)
+    return replace(one, seconds=seconds, step_seconds=steps)
 
 
 def _require_shared(sweep: Path, steps: int) -> None:
@@ -292,6 +295,11 @@ def append(adapters: int, tokens: int, ways: Sequence[Way], results: Path) -> No
             f"| {way.step_seconds:.1f} | {first.step_seconds / way.step_seconds:.2f} "
             f"| {way.peak_bytes / 1e6:,.0f} | {apart:.1e} | {'' if moved is None else f'{moved:.1e}'} |"
         )
+    spread = "; ".join(
+        f"{' and '.join(f'{each:.1f}' for each in way.measured)} s ({way.name.split(',')[0]})"
+        for way in ways
+        if way.measured
+    )
     head = [
         "| | seconds in all | times as fast | in steps | times as fast | highest resident MB "
         "| last loss apart | weights apart |",
@@ -303,7 +311,7 @@ def append(adapters: int, tokens: int, ways: Sequence[Way], results: Path) -> No
         _, mark, others = after.partition("\n## ")
         text = before + (mark + others).lstrip("\n")
     made = (
-        f"{STEPS.get(tokens, 4)} steps. {in_words(circumstances(PACKAGES))} "
+        f"{STEPS.get(tokens, 4)} steps; in each process alone they took {spread}. {in_words(circumstances(PACKAGES))} "
         f"`python -m benchmarks.many_adapters --case {adapters}x{tokens}`"
     )
     body = "\n".join([text.rstrip(), "", _title(adapters, tokens), "", *head, *lines, "", made, ""])

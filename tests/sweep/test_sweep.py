@@ -124,7 +124,16 @@ def test_memory_counts_the_base_once(many):
     assert alone.standing_bytes == 0
     others = 16 * sum(sizes({n: runs[n]}).plan.trained_parameters for n in ("r-2", "r-4"))
     assert all_of_them.peak_bytes - alone.peak_bytes == others
-    assert sizes(runs, shared=True).pass_tokens > alone.pass_tokens
+    shared = sizes(runs, shared=True)
+    assert shared.pass_tokens > alone.pass_tokens
+    assert shared.peak_bytes == all_of_them.peak_bytes + shared.pass_bytes > all_of_them.peak_bytes
+    told = all_of_them.to_dict()
+    assert [each["name"] for each in told["adapters"]] == ["r-2", "r-4", "r-8"]
+    assert told["steps"] == sum(each["steps"] for each in told["adapters"]) == 3 * alone.steps
+    rows = {what: size for what, size, _ in shared.table_rows()}
+    assert {"adapter r-2", "shared passes", "other adapters", "peak of all"} <= rows.keys()
+    assert rows["steps of all"] == f"{told['steps']:,}"
+    assert "steps" not in rows  # those of the largest alone say nothing of all
     tight = sizes(runs, budget_bytes=alone.peak_bytes)
     assert not tight.fits
     assert "describe fewer adapters" in tight.sentence()

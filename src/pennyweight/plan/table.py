@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pennyweight.plan import Plan
 
-__all__ = ["as_duration", "as_size", "rows_of", "sentence_of"]
+__all__ = ["as_duration", "as_size", "disk_of", "memory_of", "rows_of", "sentence_of", "wanting_of"]
 
 
 def as_size(size: float) -> str:
@@ -39,6 +39,11 @@ def as_duration(seconds: float) -> str:
 
 def rows_of(plan: Plan) -> list[tuple[str, str, str]]:
     """(what, how much, remark): the parts, the peak, the work, the disk."""
+    return memory_of(plan) + _work(plan) + disk_of(plan)
+
+
+def memory_of(plan: Plan) -> list[tuple[str, str, str]]:
+    """The parts, the peak, and what it would be under each policy."""
     rows = []
     for part in plan.parts:
         remark = part.note
@@ -51,15 +56,16 @@ def rows_of(plan: Plan) -> list[tuple[str, str, str]]:
         rows.append(("host memory", as_size(plan.host_bytes), "pinned, beside the device"))
     for policy, size in plan.peak_by_policy.items():
         rows.append((f"peak, recompute {policy}", as_size(size), ""))
-    return rows + _work(plan) + _disk(plan)
+    return rows
 
 
 def sentence_of(plan: Plan) -> str:
     """The verdict in words, with what to paste; and what the disk has no room for."""
-    return "\n".join([_of_memory(plan), *_of_disk(plan)])
+    return "\n".join([_of_memory(plan), *wanting_of(plan)])
 
 
-def _of_disk(plan: Plan) -> list[str]:
+def wanting_of(plan: Plan) -> list[str]:
+    """A line for each disk that has too little room."""
     mends = {
         "output": ("checkpoints and result need", "free some, or name another output_dir"),
         "download": ("the download needs", "free some, or set HF_HOME to a larger disk"),
@@ -113,7 +119,7 @@ def _work(plan: Plan) -> list[tuple[str, str, str]]:
     ]
 
 
-def _disk(plan: Plan) -> list[tuple[str, str, str]]:
+def disk_of(plan: Plan) -> list[tuple[str, str, str]]:
     name = "model" if plan.method == "full" else "adapter"
     rows = [
         (f"disk: {name}", as_size(plan.disk.output), ""),
