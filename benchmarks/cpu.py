@@ -38,7 +38,8 @@ OF_SHAPE = {
     "quick": tuple(SIDES),
 }
 # Of a run's whole time, what the sections beside the steps may take at most, in seconds.
-MOST_S = {"gate": 150.0, "kernels": 200.0, "data": 300.0}
+MOST_S = {"gate": 200.0, "kernels": 120.0, "data": 200.0}
+DATA_ROWS = 20_000
 # Before a process of a side has run once, how long it may take.
 GUESS_S = 150.0
 MOST_PROCESS_S = 240.0  # what hangs costs the others no more than this
@@ -120,8 +121,10 @@ def _data(asked: argparse.Namespace, found: Found, until: float) -> None:
     if not _has("trl"):
         found.say("data: trl is not installed; left out")
         return
-    few = ["--rows", "500", "--rounds", "1"] if asked.quick else ["--rounds", str(asked.rounds)]
-    words = ["--results", str(asked.results), *few, "--seconds", str(MOST_S["data"] - 60)]
+    few = ["--rows", "500", "--rounds", "1"]
+    if not asked.quick:
+        few = ["--rows", str(DATA_ROWS), "--rounds", str(asked.rounds)]
+    words = ["--results", str(asked.results), *few, "--seconds", str(MOST_S["data"] - 40)]
     answer = ask("benchmarks.data_preparation", words, timeout_s=MOST_S["data"], answers=False)
     _told(found, "data", answer.fault)
 

@@ -199,7 +199,8 @@ def _narrow_curve(base: BaseModel, model: nn.Module, work: Path, steps: int) -> 
         ours = our_curve(base, rows, **settings)
         detach(base, "default")
         wide = their_curve(with_adapter(model, folder), rows, **settings)
-        with torch.autocast("cpu", torch.bfloat16):
+        # Uncached: casts of what is trained would be kept from step to step.
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             theirs = their_curve(_in_bf16(with_adapter(model, folder)), rows, **settings)
         for name, found in (("ours", ours), ("theirs", theirs)):
             pairs = zip(found.losses, wide.losses, strict=True)
