@@ -134,6 +134,7 @@ class _GatedDown(torch.autograd.Function):
         if acted is None:
             grads = kernel.gated_back(grad_x, gate, up, block.activation, over=x)
             return *grads, None, None, *of_factors
+        del x  # as large as each of the gradients made now
         grad_up = acted.mul_(grad_x)
         slope = ACTIVATIONS[block.activation][1]
         return slope(grad_x.mul_(up), gate), grad_up, None, None, *of_factors
