@@ -1,9 +1,10 @@
 """The memory that `plan` says before a run, beside what the run's process took, on CPU shapes.
 
-    python -m benchmarks.plan_cpu [--quick] [--results FOLDER]
+    python -m benchmarks.plan_cpu [--quick] [--data FOLDER] [--results FOLDER]
 
-Random Llamas in 16-bit files; each case is an ordinary run in a process of its own: three steps,
-held-out rows, checkpoints. Both figures are those of the run's receipt.
+Random Llamas in 16-bit files; each case is an ordinary run in a process of its own: two steps,
+held-out rows, checkpoints. Both figures are those of the run's receipt. With `--data`, a folder of
+real models and data, the yardstick's three runs come first (stories260k on E2E, 40 steps).
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
+from benchmarks.e2e import METHODS, described_run, write_first_references
 from benchmarks.machine import circumstances, in_words
+from pennyweight.config import to_yaml
 
-__all__ = ["Case", "Measured", "cases", "measure", "write_model"]
+__all__ = ["Case", "Measured", "cases", "measure", "measure_real", "write_model"]
 
 PACKAGES = ("pennyweight", "torch", "transformers")
 VOCABULARY = 32_000
-STEPS = 3
+STEPS = 2
+REAL_STEPS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Case:
 class Measured:
     """Bytes: predicted before the run, and the high-water mark of its process."""
 
-    case: Case
+    name: str
     planned: int
     measured: int
 
@@ -116,33 +121,34 @@ def measure(case: Case, work: Path) -> Measured:
         f"train.gradient_checkpointing={str(case.recompute).lower()}",
         "evaluate.max_rows=2",
     ]
+    return _run(case.name, "seed: 0\n", settings, work)
+
+
+def measure_real(method: str, data: Path, work: Path) -> Measured:
+    """One arm of the yardstick, `benchmarks.yardstick`, for a few steps."""
+    write_first_references(data, work)
+    loaded = described_run(method, data, work, seed=0, settings=[f"train.max_steps={REAL_STEPS}"])
+    text = to_yaml(loaded.config, commented=False)
+    return _run(f"stories260k on E2E, {method}, 16 pairs", text, ["base.device=cpu"], work)
+
+
+def _run(name: str, described: str, settings: list[str], work: Path) -> Measured:
+    """`pennyweight train` in a process of its own, and its receipt."""
     with tempfile.TemporaryDirectory(dir=work) as output:
-        described = Path(output) / "run.yaml"
-        described.write_text("seed: 0\n")
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pennyweight",
-                "train",
-                str(described),
-                *settings,
-                f"output_dir={output}/run",
-                "--json",
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        file = Path(output) / "run.yaml"
+        file.write_text(described)
+        command = [sys.executable, "-m", "pennyweight", "train", str(file), *settings]
+        command += [f"output_dir={output}/run", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{case.name}: exit {done.returncode}\n{done.stdout}{done.stderr[-3000:]}")
+        raise SystemExit(f"{name}: exit {done.returncode}\n{done.stdout}{done.stderr[-3000:]}")
     said = json.loads(done.stdout.splitlines()[-1])
-    return Measured(case, said["planned_peak_bytes"], said["peak_memory_bytes"])
+    return Measured(name, said["planned_peak_bytes"], said["peak_memory_bytes"])
 
 
 def page(found: list[Measured]) -> str:
     rows = [
-        f"| {m.case.name} | {m.planned / 1e6:,.0f} | {m.measured / 1e6:,.0f} | {m.ratio:.2f} |"
+        f"| {m.name} | {m.planned / 1e6:,.0f} | {m.measured / 1e6:,.0f} | {m.ratio:.2f} |"
         for m in found
     ]
     return "\n".join(
@@ -150,7 +156,7 @@ def page(found: list[Measured]) -> str:
             "# Planned and measured memory on a CPU",
             "",
             "Llamas with random weights (hidden / layers), vocabulary 32,000, adapters of rank 16 on "
-            "all linear layers; the peak of the whole process in MB, as `pennyweight plan` says it "
+            "all linear layers; and a real one of 260,032 parameters on its own task; the peak of the whole process in MB, as `pennyweight plan` says it "
             "before the run and as the run's receipt has it after.",
             "",
             "| run | planned | measured | ratio |",
@@ -168,17 +174,23 @@ def page(found: list[Measured]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smaller shape alone")
+    parser.add_argument("--data", type=Path, help="real models and data")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     asked = parser.parse_args()
     found = []
-    with tempfile.TemporaryDirectory() as work:
-        for case in cases(quick=asked.quick):
-            if asked.only not in case.name:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        runs: dict[str, Callable[[], Measured]] = {}
+        if asked.data is not None:
+            for method in METHODS:
+                runs[f"stories260k {method}"] = partial(measure_real, method, asked.data, work)
+        runs |= {case.name: partial(measure, case, work) for case in cases(quick=asked.quick)}
+        for name, run in runs.items():
+            if asked.only not in name:
                 continue
-            found.append(measure(case, Path(work)))
-            last = found[-1]
-            print(f"{case.name:45} {last.planned / 1e6:8,.0f} {last.measured / 1e6:8,.0f} {last.ratio:.2f}", flush=True)  # fmt: skip
+            found.append(last := run())
+            print(f"{last.name:45} {last.planned / 1e6:8,.0f} {last.measured / 1e6:8,.0f} {last.ratio:.2f}", flush=True)  # fmt: skip
             asked.results.mkdir(parents=True, exist_ok=True)
             (asked.results / "plan_cpu.md").write_text(page(found))
 

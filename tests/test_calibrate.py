@@ -58,6 +58,17 @@ def test_it_is_measured_once_for_a_method_and_a_machine(
     assert len(asked) == 4
 
 
+def test_another_environment_is_measured_for_itself(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, config = named_device("cpu"), calibrate._described("lora")
+    calibrated(cpu, config, cache=tmp_path)
+    (tmp_path / "site" / "triton-3.0.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    calibrated(cpu, config, cache=tmp_path)
+    assert len(asked) == 2
+
+
 def test_what_a_busy_machine_gave_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ between the products sweeps.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pennyweight.allocator import tuned
 from pennyweight.config import BaseConfig, DataConfig, Method, RunConfig, TrainConfig, resolve
 from pennyweight.files import whole
 from pennyweight.plan import Device, Setting, paced, resident_bytes, shapes_of
@@ -89,7 +91,8 @@ def calibrated(device: Device, config: RunConfig, *, cache: Path | None = None) 
 
 
 def _circumstances() -> list[str]:
-    """What the figures hold for: a machine as it is set up."""
+    """What the figures hold for: a machine as it is set up, and an environment: which packages are
+    there decides what transformers imports, a hundred megabytes more or less."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     names = ("pennyweight", "torch", "transformers")
@@ -98,7 +101,17 @@ def _circumstances() -> list[str]:
         platform.python_version(),
         f"{threads} of {cores}",
         *map(version, names),
+        _packages(),
+        "tuned" if tuned() else "",
     ]
+
+
+def _packages() -> str:
+    """A digest of what is installed where Python looks."""
+    installed = {
+        entry.name for place in sys.path for entry in Path(place or ".").glob("*.dist-info")
+    }
+    return hashlib.sha256("\n".join(sorted(installed)).encode()).hexdigest()[:16]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -143,8 +143,21 @@ def test_accumulation_keeps_gradients_while_logits_stand() -> None:
 def test_glibc_keeps_freed_blocks_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dense_shapes("x", layers=2, hidden=64, intermediate=128, heads=4, vocab=100)
     setting = Setting(run_config(tokens=64), model, CPU)
-    monkeypatch.setattr("sys.platform", "linux")
+    whole = Setting(run_config(tokens=64, method="full"), model, CPU)
+    monkeypatch.setattr(memory, "glibc", lambda: True)
+    monkeypatch.setattr(memory, "tuned", lambda: False)
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    assert "allocator" in {p.name for p in parts(setting, "none")}
+
+    def kept(setting: Setting, policy: Any) -> int:
+        return sum(p.bytes for p in parts(setting, policy) if p.name == "allocator")
+
+    assert kept(setting, "none") > 0
+    monkeypatch.setattr(memory, "tuned", lambda: True)
+    assert kept(setting, "none") == 0
+    widest = 64 * 128 * 4
+    assert kept(setting, "full") == 2 * widest  # behind each of the two layers
+    assert kept(setting.recomputing(1), "full") == widest
+    assert kept(whole, "full") == 0
+    monkeypatch.setattr(memory, "tuned", lambda: False)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
-    assert "allocator" not in {p.name for p in parts(setting, "none")}
+    assert kept(setting, "full") == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pennyweight.allocator import start_again_tuned
 from pennyweight.cli import verbs
 from pennyweight.cli.adapters import adapters
 from pennyweight.cli.app import app
@@ -14,12 +15,17 @@ __all__ = ["app", "main", "verbs"]
 
 app.add_typer(adapters)
 
+# Verbs that train on this machine, and the one that says what that will take.
+_TRAINING = ("train", "compare", "compare-part", "quickstart", "plan")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     from typer.main import get_command
 
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if arguments is None and given[0] in _TRAINING:
+        start_again_tuned()
 
     def command(arguments: Sequence[str]) -> object:
         parsed = get_command(app)

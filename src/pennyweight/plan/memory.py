@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from pennyweight.allocator import TUNABLES, glibc, tuned
 from pennyweight.plan.activations import kept_bytes, largest_linear, transient_bytes
 from pennyweight.plan.setting import Recompute, Setting
 
@@ -39,16 +39,18 @@ CHUNK_BYTES_DEVICE = 512 * MIB
 CHUNK_BYTES_SPARING = 128 * MIB
 # A page of optimizer state; the same as in `pennyweight.optim`.
 PAGE_BYTES = 32 * MIB
-# Freed blocks that glibc 2.36 held at the peak, as a share of what a pass keeps without recompute
-# (benchmarks/plan_cpu.py): with adapters 0.5 to 1.1, recomputing 0.7 to 0.8, in full 0.3.
-_KEPT_BY_GLIBC = 0.8
-_KEPT_BY_GLIBC_RECOMPUTING = 0.75
-_KEPT_BY_GLIBC_IN_FULL = 0.3
+# Freed blocks that glibc 2.36 holds at the peak where it was left as it is, as a share of what a
+# pass keeps without recompute: with adapters 0.5 to 1.1, recomputing 0.7 to 0.8, in full 0.3.
+_UNTUNED = 0.8
+_UNTUNED_RECOMPUTING = 0.75
+_UNTUNED_IN_FULL = 0.3
+# glibc maps larger blocks for themselves, and gives them back.
+_LARGEST_KEPT = 32 * MIB
 # Resident beside all tensors: interpreter, torch, transformers, threads (440 to 520 MiB on Linux,
 # by how much of the libraries the kernel has mapped); context and cuBLAS workspaces on a card.
 # What libraries take of a process once a run uses them, beside what they took when imported:
 # kernels, threads, model classes, tokenizer, the index of rows.
-FIRST_USE_BYTES = 75 * MIB
+FIRST_USE_BYTES = 64 * MIB
 PROCESS_BYTES = {"cpu": 500 * MIB, "cuda": 600 * MIB, "mps": 500 * MIB}
 
 
@@ -205,17 +207,27 @@ def _loss_bytes(setting: Setting, policy: Recompute) -> int:
 
 
 def _allocator(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
-    """What glibc keeps of freed blocks on a CPU: aligned blocks under 32 MB are rarely used again
-    while their neighbours live; nothing where every block is given back."""
+    """Freed blocks that glibc keeps on a CPU.
+
+    Under `allocator.TUNABLES` what is freed grows together and is used again, but for one thing:
+    each layer that is recomputed leaves its adapters' gradients where its blocks lay, and the
+    next one's widest block no longer fits there. Else it is much more, and differs from run to run.
+    """
     block = setting.micro_tokens * setting.shapes.intermediate * setting.product_bytes
-    given_back = "MALLOC_MMAP_THRESHOLD_" in os.environ or not sys.platform.startswith("linux")
-    if setting.device.kind != "cpu" or given_back or block >= 32 * MIB:
+    given_back = "MALLOC_MMAP_THRESHOLD_" in os.environ or not glibc()
+    if setting.device.kind != "cpu" or given_back or block >= _LARGEST_KEPT:
         return ()
-    share = _KEPT_BY_GLIBC if policy == "none" else _KEPT_BY_GLIBC_RECOMPUTING
+    if tuned():
+        layers = 0 if policy == "none" or setting.full else setting.recomputed_layers
+        if not layers:
+            return ()
+        note = "freed blocks between the gradients of recomputed layers"
+        return (Part("allocator", layers * block, note, ("backward",), False),)
+    share = _UNTUNED if policy == "none" else _UNTUNED_RECOMPUTING
     if setting.full:
-        share = _KEPT_BY_GLIBC_IN_FULL
+        share = _UNTUNED_IN_FULL
     size = math.ceil(share * kept_bytes(setting, "none") * setting.micro_tokens)
-    note = "freed blocks glibc keeps; MALLOC_MMAP_THRESHOLD_=1048576 returns them, slower"
+    note = f"freed blocks glibc keeps; GLIBC_TUNABLES={TUNABLES} has most of them used again"
     return (Part("allocator", size, note, PASS, False),)
 
 
