@@ -109,12 +109,14 @@ def test_the_heaviest_batch_of_all_epochs_comes_first(description, ragged, monke
     if not packing:
         config = without(config)
     watch = Watch(monkeypatch)
-    finetune(config)
+    result = finetune(config)
     first, later = watch.seen[0], watch.seen[1:]
     assert len(later) == 40
     assert first.tokens == max(batch.tokens for batch in later)
     sources = {frozenset(batch.sources) for batch in later}
     assert frozenset(first.sources) in sources
+    receipt = json.loads((Path(result.output_dir) / "receipt.json").read_text())
+    assert receipt["plan"]["micro_batch_tokens"] == first.tokens
 
 
 def test_batches_that_none_exceeds_in_every_measure():

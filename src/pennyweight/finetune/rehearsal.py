@@ -12,7 +12,6 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from pennyweight.evaluate import evaluate_loss, in_batches, read_by
 from pennyweight.finetune.beat import Beat, Beats
 from pennyweight.finetune.learner import budget_tokens
 from pennyweight.finetune.run import Run, data_size
-from pennyweight.plan import DataSize, Plan, batch_peaks, plan
+from pennyweight.plan import DataSize, Plan, batch_peaks, of_batch
 from pennyweight.train import peak_memory_bytes
 
 __all__ = ["corrected", "heaviest", "rehearse", "undominated"]
@@ -40,7 +39,10 @@ def rehearse(run: Run, predicted: Plan, *, resumed: bool) -> Beats[Plan]:
     began = time.perf_counter()
     _refuse_full_disk(run, predicted)
     worst = heaviest(run, predicted)
-    tokens = int(run.data.train.lengths[list(worst)].sum())
+    lengths = run.data.train.lengths[list(worst)]
+    tokens = int(lengths.sum())
+    # Until now rows might have come together that never do.
+    predicted = of_batch(predicted, run.config, DataSize(len(worst), tokens, int(lengths.max())))
     run.report.say(
         f"worst first: {tokens:,} tokens at once, planned {_mb(predicted.counted_peak_bytes)} of "
         f"{_mb(predicted.budget_bytes)}"
@@ -146,22 +148,10 @@ def _passes(run: Run, predicted: Plan, worst: Sequence[int]) -> Beats[Plan]:
 
 def corrected(run: Run, predicted: Plan) -> Plan:
     """The plan with the memory of the parts that micro-batches now go in, said."""
-    size = data_size(run.data)
+    longest = data_size(run.data).longest
     assert run.trainee.limit_tokens is not None
-    tokens = max(run.trainee.limit_tokens, size.longest)
-    smaller = plan(
-        run.config, device=predicted.device, rows=DataSize(size.rows, tokens, size.longest)
-    )
-    revised = replace(
-        predicted,
-        **{
-            name: getattr(smaller, name)
-            for name in (
-                "micro_batch_tokens", "parts", "moment", "peak_bytes", "allocated_bytes",
-                "peak_by_policy",
-            )
-        },
-    )  # fmt: skip
+    tokens = max(run.trainee.limit_tokens, longest)
+    revised = of_batch(predicted, run.config, DataSize(1, tokens, longest))
     run.report.event(
         "plan_corrected",
         micro_batch_tokens=revised.micro_batch_tokens,

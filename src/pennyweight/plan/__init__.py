@@ -53,6 +53,7 @@ __all__ = [
     "fit",
     "forward_bytes",
     "named_device",
+    "of_batch",
     "paced",
     "parse_memory",
     "plan",
@@ -199,6 +200,31 @@ def plan(
         cost=cost(setting, policy),
         disk=disk(setting),
         rows=setting.rows,
+    )
+
+
+def of_batch(predicted: Plan, config: RunConfig, batch: DataSize) -> Plan:
+    """The same plan with the memory that this micro-batch takes, under the policy it has chosen."""
+    shapes, policy = shapes_of(config.base.model), predicted.recompute
+    setting = Setting(
+        config,
+        shapes,
+        predicted.device,
+        batch,
+        recomputed=None if policy == "none" else predicted.recomputed_layers,
+        optimizer_on_host=predicted.optimizer_on_host,
+    )
+    held = parts(setting, policy)
+    total, moment = peak(held)
+    return replace(
+        predicted,
+        micro_batch_tokens=setting.micro_tokens,
+        longest_row=setting.longest,
+        parts=held,
+        moment=moment,
+        peak_bytes=total,
+        allocated_bytes=peak(held, allocated=True)[0],
+        peak_by_policy={p: peak(parts(replace(setting, recomputed=None), p))[0] for p in POLICIES},
     )
 
 
