@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pennyweight import calibrate
-from pennyweight.calibrate import LONG, SHORT, Measured, calibrated
+from pennyweight.calibrate import LONG, SHORT, Measured, calibrated, remembered
 from pennyweight.plan import named_device, plan, shapes_of
 
 FOUND = Measured(process_bytes=400_000_000, flops=5e10, dequantized=2e9, short_s=0.05, long_s=0.8)
@@ -56,6 +56,18 @@ def test_it_is_measured_once_for_a_method_and_a_machine(
     (tmp_path / "machine.json").write_text('{"x": {"flops": 1}}')  # of another version, or torn
     calibrated(cpu, config, cache=tmp_path)
     assert len(asked) == 4
+
+
+def test_a_run_is_planned_by_what_was_measured_before_it(asked: list[str], tmp_path: Path) -> None:
+    config = calibrate._described("lora")
+    assert remembered(config, cache=tmp_path) is None
+    known = calibrated(named_device("cpu"), config, cache=tmp_path)
+    found = remembered(config, cache=tmp_path)
+    assert found is not None
+    assert replace(found, memory_bytes=0) == replace(known, memory_bytes=0)
+    card = config.model_copy(update={"base": config.base.model_copy(update={"device": "cuda"})})
+    assert remembered(card, cache=tmp_path) is None
+    assert asked == ["lora"]
 
 
 def test_another_environment_is_measured_for_itself(

@@ -25,9 +25,9 @@ from typing import Any
 from pennyweight.allocator import tuned
 from pennyweight.config import BaseConfig, DataConfig, Method, RunConfig, TrainConfig, resolve
 from pennyweight.files import whole
-from pennyweight.plan import Device, Setting, paced, resident_bytes, shapes_of
+from pennyweight.plan import Device, Setting, named_device, paced, resident_bytes, shapes_of
 
-__all__ = ["Measured", "calibrated"]
+__all__ = ["Measured", "calibrated", "remembered"]
 
 SHORT, LONG = 64, 1024
 LONGEST_S = 180.0
@@ -59,12 +59,8 @@ def calibrated(device: Device, config: RunConfig, *, cache: Path | None = None) 
     """
     if device.kind != "cpu":
         return device
-    named = os.environ.get("PENNYWEIGHT_CACHE")
-    file = cache or (Path(named) if named else Path.home() / ".cache" / "pennyweight")
-    file /= "machine.json"
-    method = config.train.method
-    key = json.dumps([method, _circumstances()])
-    known = _read(file)
+    file, method = _file(cache), config.train.method
+    key, known = _key(method), _read(file)
     if key not in known:
         found = _in_a_process(method)
         if found is None:
@@ -72,7 +68,21 @@ def calibrated(device: Device, config: RunConfig, *, cache: Path | None = None) 
         known[key] = asdict(found)
         if found.waited <= MOST_WAITED:
             _keep(file, known)
-    measured = Measured(**known[key])
+    return _told(device, Measured(**known[key]), method)
+
+
+def remembered(config: RunConfig, *, cache: Path | None = None) -> Device | None:
+    """This machine's processor as it was measured earlier; None where it was not, or a run on
+    another device is described. Nothing is measured now."""
+    method = config.train.method
+    known = _read(_file(cache)).get(_key(method))
+    if known is None or config.base.device not in ("auto", "cpu"):
+        return None
+    device = named_device(config.base.device)
+    return _told(device, Measured(**known), method) if device.kind == "cpu" else None
+
+
+def _told(device: Device, measured: Measured, method: Method) -> Device:
     told = replace(
         device,
         fp32=measured.flops,
@@ -88,6 +98,16 @@ def calibrated(device: Device, config: RunConfig, *, cache: Path | None = None) 
             for tokens, seconds in ((SHORT, measured.short_s), (LONG, measured.long_s))
         ],
     )
+
+
+def _file(cache: Path | None) -> Path:
+    named = os.environ.get("PENNYWEIGHT_CACHE")
+    folder = cache or (Path(named) if named else Path.home() / ".cache" / "pennyweight")
+    return folder / "machine.json"
+
+
+def _key(method: Method) -> str:
+    return json.dumps([method, _circumstances()])
 
 
 def _circumstances() -> list[str]:

@@ -268,7 +268,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_train_gives_one_json_line_and_sends_the_talk_to_stderr(
     run: Any, room: Any, tmp_path: Path
 ) -> None:
-    def finetune(config: Any, *, origin: Any, text: str) -> Any:
+    def finetune(config: Any, *, origin: Any, text: str, device: Any) -> Any:
         print("a library talks on stdout")
         assert text == path.read_text()
         assert origin["seed"] == "command line"

@@ -24,7 +24,7 @@ from pennyweight.finetune.result import RunResult
 from pennyweight.finetune.run import EVALUATION_TOKENS, Run, data_size, day_of, stop_id
 from pennyweight.finetune.seen import Seen, look
 from pennyweight.model import BaseModel, load_base, load_tokenizer, stop_ids
-from pennyweight.plan import FIRST_USE_BYTES, named_device, plan, resident_bytes
+from pennyweight.plan import FIRST_USE_BYTES, Device, named_device, plan, resident_bytes
 from pennyweight.runs import RunFolder
 from pennyweight.train import Due, RunLock, Step, StopRequest, pieces, restart_peak, tidy
 
@@ -52,14 +52,16 @@ def finetune(
     *,
     origin: Mapping[str, str] | None = None,
     text: str | None = None,
+    device: Device | None = None,
 ) -> RunResult:
     """Train what `config` describes; everything it makes is in `config.output_dir`.
 
     `origin` and `text` (where each value came from, the YAML as written) are kept beside the
-    result, and the receipt tells them. Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
+    result, and the receipt tells them. `device`: this machine as it was measured, for the plan.
+    Interrupted (exit code 75) after a signal, with a checkpoint that the same call resumes from.
     """
     with StopRequest() as stop:
-        return outcome(underway(config, origin=origin, text=text, stop=stop))
+        return outcome(underway(config, origin=origin, text=text, stop=stop, device=device))
 
 
 def underway(
@@ -73,6 +75,7 @@ def underway(
     stop: StopRequest | None = None,
     ahead: bool = False,
     beside_bytes: int | None = None,
+    device: Device | None = None,
 ) -> Beats[RunResult]:
     """`finetune` beat by beat; between two beats the model is nobody's.
 
@@ -85,7 +88,7 @@ def underway(
     `beside_bytes`: the memory it may take beside a resident base, to which it is planned.
     """
     stop = stop or StopRequest()
-    return timed(_way(config, base, name, data, origin, text, stop, ahead, beside_bytes))
+    return timed(_way(config, base, name, data, origin, text, stop, ahead, beside_bytes, device))
 
 
 def prepared(config: RunConfig) -> Prepared:
@@ -113,6 +116,7 @@ def _way(
     stop: StopRequest,
     ahead: bool,
     beside_bytes: int | None,
+    device: Device | None,
 ) -> Beats[RunResult]:
     began = time.perf_counter()
     origin = origin or origins(config)
@@ -146,7 +150,7 @@ def _way(
             agreed.refuse()
             if alone:
                 restart_peak(base.device)
-            device = named_device(config.base.device)
+            device = device or named_device(config.base.device)
             if alone and device.kind == "cpu" and held is not None:
                 device = replace(device, process_bytes=held + FIRST_USE_BYTES)
             predicted = plan(config, device=device, rows=data_size(data), beside_bytes=beside_bytes)

@@ -34,9 +34,11 @@ def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> N
             if found.exit_code:
                 raise typer.Exit(found.exit_code)
             return
+        from pennyweight.calibrate import remembered
         from pennyweight.finetune import finetune
 
-        result = finetune(loaded.config, origin=loaded.origin, text=loaded.text)
+        device = remembered(loaded.config)
+        result = finetune(loaded.config, origin=loaded.origin, text=loaded.text, device=device)
         printer.give(result.to_dict(), lambda: show.facts(result.to_dict()))
 
 
