@@ -9,11 +9,12 @@ equal memory; large pages more than make up for the time. glibc reads both as a 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from pathlib import Path
 
-__all__ = ["TUNABLES", "glibc", "start_again_tuned", "tuned"]
+__all__ = ["TUNABLES", "give_back", "glibc", "start_again_tuned", "tuned"]
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"
 _NAME = "GLIBC_TUNABLES"
@@ -37,6 +38,12 @@ def start_again_tuned() -> None:
 def tuned() -> bool:
     """Whether this process, and those it starts, run under `TUNABLES`."""
     return glibc() and os.environ.get(_NAME) == TUNABLES and "LD_PRELOAD" not in os.environ
+
+
+def give_back() -> None:
+    """Return to the system what was freed and lies between blocks in use, where the library is glibc."""
+    if glibc():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def glibc() -> bool:

@@ -169,6 +169,7 @@ def corrected(run: Run, predicted: Plan) -> Plan:
 def _evaluation(run: Run) -> int:
     """The heaviest evaluation batch, smaller ones where memory does not do; its tokens."""
     rows = run.held_out_rows
+    run.give_back()
     while len(rows):
         batches = in_batches(rows, budget_tokens=run.evaluation_tokens)
         batch = max(batches, key=lambda it: (it.tokens, int(np.diff(it.boundaries).max())))

@@ -35,6 +35,7 @@ from pennyweight.train import (
     peak_memory_bytes,
     planned_steps,
     random_tensors,
+    release_cached,
     require_same,
     restore_random,
     retire,
@@ -179,6 +180,12 @@ class Run:
         self.tally.before = yield from self._loss_report(None)
         if self.tally.before is not None:
             self.report.evaluation(0, self.tally.before.loss)
+
+    def give_back(self) -> None:
+        """Before other work: what a pass freed on a CPU would stand beside what that work takes. On
+        a card it is taken up again."""
+        if self.base.device.type == "cpu":
+            release_cached(self.base.device)
 
     def evaluate_within(self, limit_tokens: int) -> None:
         """Memory did not do for an evaluation batch, but for so many tokens."""
@@ -351,6 +358,7 @@ class Run:
         rows = self.held_out_rows
         if not len(rows):
             return None
+        self.give_back()
         batches = in_batches(rows, budget_tokens=self.evaluation_tokens)
         measuring = loss_by_batch(self.base, read_by(batches, adapter))
         while True:

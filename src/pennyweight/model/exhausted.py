@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pennyweight.allocator import give_back
+
 __all__ = ["is_out_of_memory", "release_cached"]
 
 
@@ -23,3 +25,5 @@ def release_cached(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+    else:
+        give_back()
