@@ -43,11 +43,17 @@ def test_a_short_pass_is_gathered_by_adapter() -> None:
         assert mixture is not None
         assert mixture.gather is None
         assert mixture.back is None
-    # What was stacked for `b` stays while half of the groups are in use.
+    # What was stacked for others stays while half of the groups are in use.
+    for read in (["c", "d"], ["a", "c"]):
+        with route.over([0, 1, 2], read):
+            mixture = route.mixture(cpu)
+            assert mixture is not None
+            assert mixture.names == ("a", "b", "c", "d")
+    # One adapter is read as if alone, whoever was read before.
     with route.over([0, 1], ["a"]):
         mixture = route.mixture(cpu)
         assert mixture is not None
-        assert mixture.names == ("a", "b")
+        assert mixture.names == ("a",)
     with route.over([0, 1], ["c"]):
         mixture = route.mixture(cpu)
         assert mixture is not None
