@@ -9,8 +9,6 @@ large as the model's, in the case's type, is measured after each case, for the f
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import json
 import statistics
@@ -154,20 +152,15 @@ def _restart_peak(device: str) -> int:
     """Begin the high-water mark anew; what is held now, in bytes: of the device, or resident."""
     import torch
 
+    from pennyweight.allocator import give_back
     from pennyweight.train import restart_peak
 
     if device == "cpu":
-        _give_back()
+        give_back()  # or what the next step takes would not show
     restart_peak(torch.device(device))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     return _peak(device)
-
-
-def _give_back() -> None:
-    """Let the allocator return what is free, or what the next step takes would not show."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _peak(device: str) -> int:
