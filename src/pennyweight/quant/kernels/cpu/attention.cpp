@@ -6,6 +6,7 @@
 // never looked at. A document's result does not depend on what stands beside it.
 
 #include "attention.h"
+#include "strips.h"
 #include "threads.h"
 
 namespace pennyweight {
@@ -13,62 +14,42 @@ namespace {
 
 // A matrix in memory: rows by `row`, its other index by `step`.
 struct Across {
+    using Right = float;
+    static constexpr int kHeld = kRows;
+
     const float *at;
     int64_t row, step;
-};
 
-// c[rows, vectors * width] += sum over k of a[row, k] * b[k, :], or = with `fresh`.
-template <int rows, int vectors>
-INLINE void tile(Across a, const float *b, int64_t b_step, int64_t steps, float *c, int64_t c_row,
-                 bool fresh) {
-    V sum[rows][vectors];
-    for (int m = 0; m < rows; ++m)
-        for (int n = 0; n < vectors; ++n)
-            sum[m][n] = fresh ? Lanes::zero() : Lanes::load(c + m * c_row + n * width);
-    for (int64_t k = 0; k < steps; ++k, b += b_step) {
-        V wide[vectors];
+    // c[rows, vectors * width] += sum over k of this[row, k] * b[k, :], or = with `fresh`.
+    template <int rows, int vectors>
+    INLINE void tile(const float *b, int64_t b_step, int64_t steps, float *c, int64_t c_row,
+                     bool fresh) const {
+        V sum[rows][vectors];
+        for (int m = 0; m < rows; ++m)
+            for (int n = 0; n < vectors; ++n)
+                sum[m][n] = fresh ? Lanes::zero() : Lanes::load(c + m * c_row + n * width);
+        for (int64_t k = 0; k < steps; ++k, b += b_step) {
+            V wide[vectors];
 #pragma GCC unroll 4
-        for (int n = 0; n < vectors; ++n) wide[n] = Lanes::load(b + n * width);
+            for (int n = 0; n < vectors; ++n) wide[n] = Lanes::load(b + n * width);
 #pragma GCC unroll 8
-        for (int m = 0; m < rows; ++m) {
-            const V one = Lanes::all(a.at[m * a.row + k * a.step]);
+            for (int m = 0; m < rows; ++m) {
+                const V one = Lanes::all(at[m * row + k * step]);
 #pragma GCC unroll 4
-            for (int n = 0; n < vectors; ++n) sum[m][n] = Lanes::fused(one, wide[n], sum[m][n]);
+                for (int n = 0; n < vectors; ++n) sum[m][n] = Lanes::fused(one, wide[n], sum[m][n]);
+            }
         }
-    }
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m)
+        for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < vectors; ++n) Lanes::store(c + m * c_row + n * width, sum[m][n]);
-}
-
-template <int vectors, int rows = kRows>
-INLINE void rows_of(int64_t held, Across a, const float *b, int64_t b_step, int64_t steps, float *c,
-                    int64_t c_row, bool fresh) {
-    if constexpr (rows == 1)
-        tile<1, vectors>(a, b, b_step, steps, c, c_row, fresh);
-    else if (held == rows)
-        tile<rows, vectors>(a, b, b_step, steps, c, c_row, fresh);
-    else
-        rows_of<vectors, rows - 1>(held, a, b, b_step, steps, c, c_row, fresh);
-}
-
-template <int vectors>
-void strip(int64_t rows, Across a, const float *b, int64_t b_step, int64_t steps, float *c,
-           int64_t c_row, bool fresh) {
-    for (int64_t m = 0; m < rows; m += kRows) {
-        const Across part{a.at + m * a.row, a.row, a.step};
-        rows_of<vectors>(least(kRows, rows - m), part, b, b_step, steps, c + m * c_row, c_row, fresh);
+            for (int n = 0; n < vectors; ++n) Lanes::store(c + m * c_row + n * width, sum[m][n]);
     }
-}
+};
 
 // c[rows, columns] (+)= a b; columns are a multiple of the width.
 void multiply(int64_t rows, int64_t columns, Across a, const float *b, int64_t b_step, int64_t steps,
               float *c, int64_t c_row, bool fresh) {
-    int64_t n = 0;
-    for (; n + 4 * width <= columns; n += 4 * width)
-        strip<4>(rows, a, b + n, b_step, steps, c + n, c_row, fresh);
-    for (; n < columns; n += width) strip<1>(rows, a, b + n, b_step, steps, c + n, c_row, fresh);
+    strips(rows, columns, a, b, b_step, steps, c, c_row, fresh);
 }
 
 // A block of queries turned, [width, kQueries], times `factor`; zeros past the last one.

@@ -1,7 +1,7 @@
 // Products of pairs of bf16, which follow each other along what is summed, with sums in float32.
 #pragma once
 
-#include "lanes.h"
+#include "strips.h"
 
 #if defined(__AVX512BF16__)
 
@@ -15,65 +15,45 @@ constexpr int kPairRows = 6;  // rows that one kernel call computes
 
 // A matrix of pairs of numbers: rows by `row`, pairs by `step`, in pairs.
 struct Pairs {
+    using Right = uint32_t;
+    static constexpr int kHeld = kPairRows;
+
     const uint32_t *at;
     int64_t row, step;
-};
 
-// c[rows, vectors * 16] += sum over pairs k of a[row, k] . b[k, :], or = with `fresh`.
-template <int rows, int vectors>
-INLINE void tile(Pairs a, const uint32_t *b, int64_t b_step, int64_t steps, float *c, int64_t c_row,
-                 bool fresh) {
-    V sum[rows][vectors];
-    for (int m = 0; m < rows; ++m)
-        for (int n = 0; n < vectors; ++n)
-            sum[m][n] = fresh ? Lanes::zero() : Lanes::load(c + m * c_row + n * width);
-    for (int64_t k = 0; k < steps; ++k, b += b_step) {
-        I wide[vectors];
-#pragma GCC unroll 4
-        for (int n = 0; n < vectors; ++n) wide[n] = _mm512_loadu_si512(b + n * width);
-#pragma GCC unroll 8
-        for (int m = 0; m < rows; ++m) {
-            uint32_t pair;
-            memcpy(&pair, a.at + m * a.row + k * a.step, 4);
-            const I one = _mm512_set1_epi32(static_cast<int>(pair));
-#pragma GCC unroll 4
+    // c[rows, vectors * 16] += sum over pairs k of this[row, k] . b[k, :], or = with `fresh`.
+    template <int rows, int vectors>
+    INLINE void tile(const uint32_t *b, int64_t b_step, int64_t steps, float *c, int64_t c_row,
+                     bool fresh) const {
+        V sum[rows][vectors];
+        for (int m = 0; m < rows; ++m)
             for (int n = 0; n < vectors; ++n)
-                sum[m][n] = _mm512_dpbf16_ps(sum[m][n], (__m512bh)one, (__m512bh)wide[n]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m)
+                sum[m][n] = fresh ? Lanes::zero() : Lanes::load(c + m * c_row + n * width);
+        for (int64_t k = 0; k < steps; ++k, b += b_step) {
+            I wide[vectors];
 #pragma GCC unroll 4
-        for (int n = 0; n < vectors; ++n) Lanes::store(c + m * c_row + n * width, sum[m][n]);
-}
-
-template <int vectors, int rows = kPairRows>
-INLINE void rows_of(int64_t held, Pairs a, const uint32_t *b, int64_t b_step, int64_t steps, float *c,
-                    int64_t c_row, bool fresh) {
-    if constexpr (rows == 1)
-        tile<1, vectors>(a, b, b_step, steps, c, c_row, fresh);
-    else if (held == rows)
-        tile<rows, vectors>(a, b, b_step, steps, c, c_row, fresh);
-    else
-        rows_of<vectors, rows - 1>(held, a, b, b_step, steps, c, c_row, fresh);
-}
-
-template <int vectors>
-void strip(int64_t rows, Pairs a, const uint32_t *b, int64_t b_step, int64_t steps, float *c,
-           int64_t c_row, bool fresh) {
-    for (int64_t m = 0; m < rows; m += kPairRows) {
-        const Pairs part{a.at + m * a.row, a.row, a.step};
-        rows_of<vectors>(least(kPairRows, rows - m), part, b, b_step, steps, c + m * c_row, c_row, fresh);
+            for (int n = 0; n < vectors; ++n) wide[n] = _mm512_loadu_si512(b + n * width);
+#pragma GCC unroll 8
+            for (int m = 0; m < rows; ++m) {
+                uint32_t pair;
+                memcpy(&pair, at + m * row + k * step, 4);
+                const I one = _mm512_set1_epi32(static_cast<int>(pair));
+#pragma GCC unroll 4
+                for (int n = 0; n < vectors; ++n)
+                    sum[m][n] = _mm512_dpbf16_ps(sum[m][n], (__m512bh)one, (__m512bh)wide[n]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+            for (int n = 0; n < vectors; ++n) Lanes::store(c + m * c_row + n * width, sum[m][n]);
     }
-}
+};
 
 // c[rows, columns] (+)= a b; columns are a multiple of 16.
 void multiply(int64_t rows, int64_t columns, Pairs a, const uint32_t *b, int64_t b_step, int64_t steps,
               float *c, int64_t c_row, bool fresh) {
-    int64_t n = 0;
-    for (; n + 4 * width <= columns; n += 4 * width)
-        strip<4>(rows, a, b + n, b_step, steps, c + n, c_row, fresh);
-    for (; n < columns; n += width) strip<1>(rows, a, b + n, b_step, steps, c + n, c_row, fresh);
+    strips(rows, columns, a, b, b_step, steps, c, c_row, fresh);
 }
 
 INLINE I word(const uint16_t *from) {
