@@ -55,16 +55,17 @@ def dense_model(folder: Path, weights: dict[str, Tensor] | None = None) -> nn.Mo
     return model
 
 
-def four_bit_model(folder: Path) -> nn.Module:
-    """The model as bitsandbytes holds it: NF4 with double quantization, products in float32."""
+def four_bit_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model as bitsandbytes holds it: NF4 with double quantization, products and the rest in
+    `dtype`."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=dtype,
     )
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=settings, device_map="cpu"
+        folder, dtype=dtype, quantization_config=settings, device_map="cpu"
     )
 
 

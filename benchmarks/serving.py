@@ -1,6 +1,6 @@
 """How fast rows of many adapters are generated beside one base, and what the adapters cost.
 
-    python -m benchmarks.serving [--models builtin llama] [--quantizations none nf4] [--no-peer]
+    python -m benchmarks.serving [--models builtin llama] [--weights none nf4 "nf4 bf16"] [--no-peer]
     python -m benchmarks.serving --quick             # two small cases, to see that it runs
     python -m benchmarks.serving --device cuda --models 1B 8B --no-peer
 
@@ -10,6 +10,9 @@ Cases of one model take turns, forwards and backwards, and the median of a case 
 table. The peer is transformers' `generate` with PEFT's mixed batch (`adapter_names=`), given the
 same rows in one batch without padding; over no adapter it is transformers alone, over one it is
 PEFT with that adapter set. The page says how many of its greedy ids are ours too.
+
+Weights are float32, NF4 with products in float32, or NF4 with products in bf16. On a processor that
+has those, bitsandbytes multiplies NF4 in bf16 whatever is asked for, once a model is in evaluation mode.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from benchmarks.random_llama import SHAPES, LlamaShape, fill_with_noise, write_h
 __all__ = ["Case", "Measured", "main"]
 
 PACKAGES = ("pennyweight", "torch", "transformers", "peft", "bitsandbytes")
+# By the name in the table: quantization, and the type of products on a CPU.
+WEIGHTS = {"none": ("none", "float32"), "nf4": ("nf4", "float32"), "nf4 bf16": ("nf4", "bfloat16")}
 RANK = 16
 RESIDENT = 16
 REQUESTS = (1, 4, 8, 16)
@@ -156,7 +161,7 @@ def peer(model: Any) -> Runner:
     return chosen
 
 
-def prepared(name: str, quantization: str, device: str, work: Path) -> tuple[Any, Path]:
+def prepared(name: str, weights: str, device: str, work: Path) -> tuple[Any, Path]:
     """The base with 16 adapters resident, and the folder that holds the model itself."""
     import torch
 
@@ -165,26 +170,28 @@ def prepared(name: str, quantization: str, device: str, work: Path) -> tuple[Any
     from pennyweight.lora import attach, trained_parameters
     from pennyweight.model import load_base
 
-    dtype = "float32" if device == "cpu" else "bfloat16"
+    quantization, dtype = WEIGHTS[weights]
+    if device != "cpu":
+        dtype = "bfloat16"
 
-    def load(folder: Path, how: str) -> Any:
+    def load(folder: Path, how: str = quantization, dtype: str = dtype) -> Any:
         return load_base(
             BaseConfig(model=str(folder), quantization=how, device=device, dtype=dtype)  # type: ignore[arg-type]
         )
 
     if name == "builtin":
         folder = model_folder()
-        base = load(folder, quantization)
+        base = load(folder)
     elif name == "llama":
         folder = work / name
         if not folder.exists():
-            hollow = load(write_hollow(SMALL, work / "hollow"), "none")
+            hollow = load(write_hollow(SMALL, work / "hollow"), "none", "float32")
             fill_with_noise(hollow, seed=0)
             hollow.write_folder(folder)
-        base = load(folder, quantization)
+        base = load(folder)
     else:
         folder = write_hollow(SHAPES[name], work / name)
-        base = load(folder, quantization)
+        base = load(folder)
         fill_with_noise(base, seed=0)
     config = LoraConfig(r=RANK, target_modules="all-linear")
     generator = torch.Generator(base.device).manual_seed(0)
@@ -196,8 +203,9 @@ def prepared(name: str, quantization: str, device: str, work: Path) -> tuple[Any
     return base, folder
 
 
-def peer_model(base: Any, folder: Path, quantization: str, work: Path) -> Any:
+def peer_model(base: Any, folder: Path, weights: str, work: Path) -> Any:
     """The same weights and the same adapters in PEFT."""
+    import torch
     from peft import PeftModel
 
     from benchmarks.peft_oracle import dense_model, four_bit_model
@@ -205,7 +213,8 @@ def peer_model(base: Any, folder: Path, quantization: str, work: Path) -> Any:
     from pennyweight.lora import adapter_of
     from pennyweight.lora.binding import described
 
-    model: Any = dense_model(folder) if quantization == "none" else four_bit_model(folder)
+    quantized, dtype = weights != "none", getattr(torch, WEIGHTS[weights][1])
+    model: Any = four_bit_model(folder, dtype) if quantized else dense_model(folder)
     model.generation_config.eos_token_id = None
     wrapped: Any = None
     for number in range(RESIDENT):
@@ -328,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what was asked for, model by model, and append it to the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
     parser.add_argument("--models", nargs="+", default=["builtin", "llama"], choices=["builtin", "llama", *SHAPES])  # fmt: skip
-    parser.add_argument("--quantizations", nargs="+", default=["none", "nf4"])
+    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -344,11 +353,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(asked.threads)
     requests, adapters = REQUESTS, ADAPTERS
     if asked.quick:
-        asked.models, asked.quantizations, asked.rounds = ["builtin"], ["none"], 1
+        asked.models, asked.weights, asked.rounds = ["builtin"], ["none"], 1
         asked.new_tokens, requests, adapters = 4, (1, 4), (0, 4)
     page = Page(asked.results)
     with tempfile.TemporaryDirectory() as work:
-        for model, weights in product(asked.models, asked.quantizations):
+        for model, weights in product(asked.models, asked.weights):
             base, folder = prepared(model, weights, asked.device, Path(work))
             drawn = torch.Generator().manual_seed(0)
             shape = (max(requests), asked.prompt_tokens)

@@ -131,7 +131,8 @@ def _on_a_gpu(side: str) -> Iterator[Case]:
         for tokens in (4096, 16_384, 32_768):
             for recompute in (True, False):
                 yield Case(mode, tokens, "even", 10, 3, 2048, recompute)
-    yield Case("qlora", 16_384, "ragged packed", 10, 3, 2048, True)
+    if not side.startswith("trl"):  # whose packs are of other lengths from step to step
+        yield Case("qlora", 16_384, "ragged packed", 10, 3, 2048, True)
     if side == "peft":
         yield Case("qlora", 16_384, "ragged padded", 10, 3, 2048, True)
     if whole:

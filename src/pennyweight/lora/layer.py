@@ -173,29 +173,30 @@ class LoraLinear(AdaptedModule):
         return cast(Tensor, self.base_layer.weight)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        if torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            updates = self.updates(x)
-            if not updates:
-                return cast(Tensor, self.base_layer(x))
-            masters = [factor for update in updates for factor in (update.a, update.b)]
-            return cast(Tensor, _Adapted.apply(x, self, updates, *masters))
-        y: Tensor = self.base_layer(x)
-        if torch.is_inference_mode_enabled() and self._add_mixed(x, y):
-            return y
+        if torch.is_autocast_enabled(x.device.type):
+            return self._apart(x)
+        if torch.is_inference_mode_enabled() and (mixed := self._mixed(x)) is not None:
+            return mixed
         updates = self.updates(x)
         if not updates:
-            return y
-        if len(updates) == 1 and updates[0].stop - updates[0].start == x.shape[-2]:
-            return y + _delta(x, updates[0])
+            return cast(Tensor, self.base_layer(x))
+        if not torch.is_grad_enabled():
+            return self.product(x, updates)[0]
+        masters = [factor for update in updates for factor in (update.a, update.b)]
+        return cast(Tensor, _Adapted.apply(x, self, updates, *masters))
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """The same by torch's own operations, to which autocast gives their types."""
+        y: Tensor = self.base_layer(x)
         parts, done = [], 0
-        for update in updates:
+        for update in self.updates(x):
             part = slice(update.start, update.stop)
             parts += [
                 y[..., done : update.start, :],
                 y[..., part, :] + _delta(x[..., part, :], update),
             ]
             done = update.stop
-        return torch.cat([*parts, y[..., done:, :]], dim=-2)
+        return torch.cat([*parts, y[..., done:, :]], dim=-2) if parts else y
 
     def put(self, name: str, weights: nn.Module) -> None:
         super().put(name, weights)
@@ -205,20 +206,20 @@ class LoraLinear(AdaptedModule):
         super().drop(name)
         self._stack = self._lone = None
 
-    def _add_mixed(self, x: Tensor, y: Tensor) -> bool:
-        """Add to y, in place, the updates of a short pass over few or many adapters at once;
-        False where the pass goes by segments.
+    def _mixed(self, x: Tensor) -> Tensor | None:
+        """The output for a short pass over few or many adapters at once, all their updates added
+        in two products; None where the pass goes by segments.
 
         What is stacked stays until another set of adapters is read or a factor changes: the one
         thing that `forward` keeps, and it changes no number.
         """
         route = self.route
         mixture = route.mixture(x.device)
-        if mixture is None or x.dtype != y.dtype or route.dropout_seed is not None:
-            return False
-        whole = x.numel() == route.boundaries[-1] * x.shape[-1]
-        if not whole or torch.is_autocast_enabled(x.device.type):
-            return False
+        if mixture is None or route.dropout_seed is not None:
+            return None
+        if x.numel() != route.boundaries[-1] * x.shape[-1]:
+            return None
+        y: Tensor = self.base_layer(x)
         lone = len(mixture.names) == 1
         stack = self._lone if lone else self._stack
         if stack is None or not stack.serves(mixture.names, x):
@@ -231,7 +232,7 @@ class LoraLinear(AdaptedModule):
             else:
                 self._stack = stack
         stack.add_to(y, x, mixture)
-        return True
+        return y
 
     def updates(self, x: Float[Tensor, "*rows d_in"]) -> tuple[Update, ...]:
         """What the route's adapters add to these rows, in order; rows of the bare base have none."""
