@@ -154,3 +154,16 @@ def test_a_frozen_adapter_lets_the_gradient_through() -> None:
 def test_seeds_are_stable_across_processes_and_machines():
     assert stable_seed(0, "model.layers.0.q_proj") == 1663825646913858921
     assert stable_seed(0, "a", "b") != stable_seed(0, "ab")
+
+
+def test_without_gradients_the_bits_are_those_of_training() -> None:
+    layer = LoraLinear(nn.Linear(6, 5), Route(), "some.layer")
+    for name in ("x", "y"):
+        factors = LoraFactors(torch.randn(2, 6), torch.randn(5, 2), scaling=1.5, dropout=0.0)
+        layer.put(name, factors)
+    row = torch.randn(1, 9, 6)
+    for names in (("x", "x", "x"), ("x", None, "y")):
+        with layer.route.over((0, 2, 5, 9), names):
+            trained = layer(row)
+            with torch.no_grad():
+                assert torch.equal(layer(row), trained)

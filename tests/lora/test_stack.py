@@ -52,6 +52,25 @@ def test_at_once_is_one_by_one(counts: list[int], names: list[str | None]) -> No
     torch.testing.assert_close(at_once, by_segments, rtol=1e-6, atol=1e-6)
 
 
+def test_in_bf16_the_stack_multiplies_in_float32_where_a_cpu_does() -> None:
+    layer = layer_of().bfloat16()
+    exact = layer_of(a=1)  # for its base layer
+    exact.base_layer.load_state_dict(layer.base_layer.state_dict())
+    for name in RANKS:
+        kept = {key: t.detach().bfloat16().float() for key, t in layer.of(name).named_parameters()}
+        made = LoraFactors(kept["lora_A"], kept["lora_B"], scaling=1.5, dropout=0.0)
+        exact.put(name, made.requires_grad_(False))
+    row = torch.randn(1, 5, 6).bfloat16()
+    for counts, names in (([2, 2], ["a", "b"]), ([1, 1, 3], ["c.2", "a", "b"])):
+        given = row[:, : sum(counts)]
+        at_once, _ = passed(layer, given, counts, names)
+        wanted, _ = passed(exact, given.float(), counts, names)
+        assert at_once.dtype == torch.bfloat16
+        # Rounded after the base's product and after the sum, and nowhere between.
+        bound = 2**-7 * (1.0 + float(wanted.abs().max()))
+        torch.testing.assert_close(at_once.float(), wanted, rtol=0.0, atol=bound)
+
+
 def test_a_factor_that_changed_is_read_anew() -> None:
     layer, row = layer_of(), torch.randn(1, 2, 6)
     factors = layer.of("b")
