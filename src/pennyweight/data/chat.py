@@ -11,6 +11,7 @@ each trained turn, so that the law still holds.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pennyweight.data.codec import Codec
+from pennyweight.data.codec import Codec, Tokens
 from pennyweight.data.conversation import Conversation, Dropped, Example, Kind, Message
 from pennyweight.data.exported import exported
 from pennyweight.data.messages import chat_messages
@@ -30,7 +31,8 @@ from pennyweight.errors import DataError
 
 __all__ = ["Conversation", "Dropped", "Example", "Message", "Renderer"]
 
-_ROWS_AT_ONCE = 512  # their encodings take about 120 bytes a token while they wait
+_ROWS_AT_ONCE = 512  # their encodings take about 120 bytes a token until their ids are read
+_GROUPS_AHEAD = 2  # being tokenized, so that the next one waits for nobody
 _Cut = tuple[str, list[Piece] | Dropped]
 
 
@@ -179,7 +181,11 @@ class Renderer:
 
     def ids(self, rendered: str, *, kind: Literal["chat", "prompt"] = "chat") -> list[int]:
         """The ids of text that stands as a template printed it."""
-        return self._with_bos(self._surfaces[kind], self._codec.ids(rendered))
+        found = self._codec.ids(rendered)
+        if not self._lacks_bos(self._surfaces[kind], found):
+            return found
+        assert self._codec.bos_id is not None
+        return [self._codec.bos_id, *found]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of generated ids."""
@@ -208,26 +214,25 @@ class Renderer:
         uses all cores), so that templates of the next rows run meanwhile.
         """
         with ThreadPoolExecutor(1) as beside:
-            waiting: tuple[list[_Cut], Future[list[Any]]] | None = None
+            waiting: deque[tuple[list[_Cut], Future[list[Tokens]]]] = deque()
             for several in _in_groups(conversations, _ROWS_AT_ONCE):
                 cut = [(row.source, self._pieces(row)) for row in several]
                 texts = [p.text for _, row in cut if not isinstance(row, Dropped) for p in row]
-                encodings = beside.submit(self._codec.encode_batch, texts)
-                if waiting is not None:
-                    yield from self._outcomes(waiting[0], waiting[1].result())
-                waiting = cut, encodings
-            if waiting is not None:
-                yield from self._outcomes(waiting[0], waiting[1].result())
+                waiting.append((cut, beside.submit(self._codec.encode_batch, texts)))
+                if len(waiting) > _GROUPS_AHEAD:
+                    yield from self._outcomes(*waiting.popleft())
+            while waiting:
+                yield from self._outcomes(*waiting.popleft())
 
     def _outcomes(
-        self, cut: Sequence[_Cut], encodings: Sequence[Any]
+        self, cut: Sequence[_Cut], encoded: Future[list[Tokens]]
     ) -> Iterator[tuple[str, tuple[Example, ...] | Dropped]]:
-        each = iter(encodings)
+        each = iter(encoded.result())
         for source, row in cut:
             if isinstance(row, Dropped):
                 yield source, row
                 continue
-            examples = [tokens for piece in row for tokens in self._examples(piece, next(each))]
+            examples = [one for piece in row for one in self._examples(piece, next(each))]
             yield source, self._kept(source, examples)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -236,12 +241,9 @@ class Renderer:
             return messages
         return (Message("system", self._system), *messages)
 
-    def _with_bos(self, surface: Surface, ids: list[int]) -> list[int]:
-        """Exactly one BOS: added where the tokenizer would and the template has not."""
-        if surface.adds_bos and ids[:1] != [self._codec.bos_id]:
-            assert self._codec.bos_id is not None
-            return [self._codec.bos_id, *ids]
-        return ids
+    def _lacks_bos(self, surface: Surface, ids: list[int] | np.ndarray) -> bool:
+        """Whether BOS comes before: where the tokenizer would add it and the template has not."""
+        return surface.adds_bos and (len(ids) == 0 or ids[0] != self._codec.bos_id)
 
     def _pieces(self, conversation: Conversation) -> list[Piece] | Dropped:
         messages = self._with_system(conversation.messages)
@@ -251,19 +253,19 @@ class Renderer:
         except TurnRefusedError as refused:
             return Dropped(conversation.source, str(refused))
 
-    def _examples(self, piece: Piece, encoding: Any) -> list[_Tokens]:
-        ids = encoding.ids
+    def _examples(self, piece: Piece, tokens: Tokens) -> list[_Tokens]:
+        ids = tokens.ids
         trained = np.zeros(len(ids), dtype=bool)
         if piece.everything:
             trained[:] = True
         for turn in piece.turns:
-            after_prompt = self._codec.seam(encoding, ids, piece.text, turn.prompt_chars)
+            after_prompt = tokens.seam(turn.prompt_chars)
             if piece.append_stop is None:
-                stop = encoding.char_to_token(turn.end_chars - 1)
+                stop = tokens.ending(turn.end_chars)
                 closed = stop is not None and ids[stop] in piece.surface.stop_ids
             else:
                 stop, closed = len(ids) - 1, True
-            if after_prompt is None or not closed:
+            if after_prompt is None or stop is None or not closed:
                 return [self._apart(p) for p in piece.apart()]
             trained[after_prompt : stop + 1] = True
         return [self._finished(piece, ids, trained)]
@@ -274,28 +276,27 @@ class Renderer:
         prompt = self._codec.ids(piece.text[: turn.prompt_chars])
         answer = self._codec.continuation(piece.text[turn.prompt_chars : turn.end_chars])
         if answer is None:
-            return _Tokens([], np.zeros(0, dtype=bool), stopped=False)
+            return _Tokens(np.zeros(0, np.int32), np.zeros(0, bool), stopped=False)
         trained = np.arange(len(prompt) + len(answer)) >= len(prompt)
-        return self._finished(piece, prompt + answer, trained)
+        return self._finished(piece, np.array(prompt + answer, np.int32), trained)
 
-    def _finished(self, piece: Piece, ids: list[int], trained: np.ndarray) -> _Tokens:
+    def _finished(self, piece: Piece, ids: np.ndarray, trained: np.ndarray) -> _Tokens:
         if piece.append_stop is not None:
-            ids, trained = [*ids, piece.append_stop], np.append(trained, True)
-        with_bos = self._with_bos(piece.surface, ids)
-        if len(with_bos) > len(ids):
-            trained = np.insert(trained, 0, False)
+            ids, trained = _joined(ids, [piece.append_stop]), np.append(trained, True)
+        if self._lacks_bos(piece.surface, ids):
+            ids, trained = _joined([self._codec.bos_id], ids), np.append(False, trained)
         if len(trained):
             trained[0] = False
         targets = np.flatnonzero(trained)
-        stopped = len(targets) > 0 and with_bos[targets[-1]] in piece.surface.stop_ids
-        return _Tokens(with_bos, trained, stopped)
+        stopped = len(targets) > 0 and ids[targets[-1]] in piece.surface.stop_ids
+        return _Tokens(ids, trained, stopped)
 
     def _kept(self, source: str, rows: list[_Tokens]) -> tuple[Example, ...] | Dropped:
         examples = []
         reason = "no assistant turn is trained"
         for number, row in enumerate(rows):
             length = len(row.ids)
-            if not row.ids:
+            if not length:
                 reason = "the answer's first characters merge with every text before them"
             elif not row.stopped:
                 reason = "no stop token after the answer"
@@ -308,8 +309,8 @@ class Renderer:
             else:
                 examples.append(
                     Example(
-                        ids=np.array(row.ids[: self.max_length], dtype=np.int32),
-                        trained=row.trained[: self.max_length].copy(),
+                        ids=row.ids[: self.max_length],
+                        trained=row.trained[: self.max_length],
                         source=source if len(rows) == 1 else f"{source}#{number + 1}",
                         length_before_cut=length,
                     )
@@ -322,8 +323,12 @@ class _Tokens:
 
     __slots__ = ("ids", "stopped", "trained")
 
-    def __init__(self, ids: list[int], trained: np.ndarray, stopped: bool) -> None:
+    def __init__(self, ids: np.ndarray, trained: np.ndarray, stopped: bool) -> None:
         self.ids, self.trained, self.stopped = ids, trained, stopped
+
+
+def _joined(*parts: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(part, np.int32) for part in parts])
 
 
 def _in_groups(rows: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:

@@ -132,9 +132,7 @@ def _alpaca(row: Mapping[str, Any], source: str) -> Conversation:
     given = row.get("input")
     if given is not None and not isinstance(given, str):
         raise RowRefusedError(f"input: {found_text(given)}; expected text")
-    # People wrote `<noinput>`, `< noinput >` and the like for no input.
-    written = given or ""
-    has_input = written.strip() and re.sub(r"\W", "", written).lower() != "noinput"
+    has_input = given and not given.isspace() and not _NO_INPUT.fullmatch(given)
     prompt = f"{instruction}\n{given}" if has_input else instruction
     messages = []
     if row.get("system"):
@@ -211,6 +209,9 @@ def _is_live(reply: Any) -> bool:
         and isinstance(reply.get("rank"), int | float | None)
     )
 
+
+# People wrote `<noinput>`, `< NoInput >` and the like for no input.
+_NO_INPUT = re.compile(r"\W*" + r"\W*".join(f"[{c}{c.upper()}]" for c in "noinput") + r"\W*")
 
 FORMATS: dict[str, Callable[[Mapping[str, Any], str], Conversation]] = {
     "chat": _chat,

@@ -71,7 +71,8 @@ class Spool(Sequence[Conversation]):
             return apart
         start = self._ends[place - 1] if place else 0
         self._file.seek(start)
-        return _conversation(json.loads(self._file.read(self._ends[place] - start)))
+        written = self._file.read(self._ends[place] - start).decode("ascii")
+        return _conversation(json.loads(written))
 
     def __iter__(self) -> Iterator[Conversation]:
         return (self[i] for i in range(len(self)))

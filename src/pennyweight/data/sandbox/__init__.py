@@ -34,13 +34,14 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, *, name: str, now: datetime) -> None:
-        self.name, self._now = name, now
+        self.name = name
         self.reads_clock = "strftime_now" in source
         if len(source) > SOURCE_LIMIT_CHARS:
             raise TemplateRefusedError(f"{name}: longer than {SOURCE_LIMIT_CHARS:,} characters")
         try:
             source.encode()
             self._template = _compiled(source)
+            self._globals = {**self._template.globals, "strftime_now": now.strftime}
         except TemplateRefusedError as error:
             raise TemplateRefusedError(f"{name}: {error}") from None
         except jinja2.TemplateSyntaxError as error:
@@ -61,8 +62,10 @@ class ChatTemplate:
         with metering() as meter:
             try:
                 parts = []
-                clock = {"strftime_now": self._now.strftime}
-                for part in self._template.generate(**clock, **variables):
+                # Jinja's own `generate` goes through all of its globals at each call.
+                known = {**self._globals, **variables}
+                context = self._template.new_context(known, shared=True)
+                for part in self._template.root_render_func(context):
                     meter.step()
                     parts.append(part)
                 text = "".join(parts)
