@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pennyweight.data.chat import Renderer
 from pennyweight.data.conversation import Conversation, Message
 from pennyweight.data.messages import parsed_message, wire_message
-from pennyweight.data.specimens import MOST_SPECIMENS, shape_of, specimens
+from pennyweight.data.specimens import MOST_SPECIMENS, Shapes, shape_of
 from tests.data.conftest import dressed, gpt2, stories, templates
 from tests.laws.test_law_05_token_parity import REFUSED, TALKS, talk
 
@@ -92,12 +93,14 @@ def test_specimens_show_every_shape_first() -> None:
     rows[333] = conversation(333, ask, ("assistant", "é"), ask, ("assistant", "z"))
     rows[390] = conversation(390, ("user", "<s>"), ("assistant", "z"))
     rows[399] = conversation(399, ("system", "s"), ask, ("assistant", "z"))
-    chosen = [row.source for row in specimens(rows, ("<s>", "</s>"))]
-    assert chosen[:5] == ["rows:0", "rows:77", "rows:333", "rows:390", "rows:399"]
+    shapes, every = Shapes(("<s>", "</s>")), np.arange(400)
+    assert list(shapes.passing(rows)) == rows
+    chosen = shapes.chosen(every)
+    assert chosen[:5] == [0, 77, 333, 390, 399]
     assert len(set(chosen)) == len(chosen) == 8
-    assert len(specimens(rows, (), most=2)) == 2
-    assert len(specimens(rows[:3], ())) == 3
-    assert specimens([], ()) == []
+    assert shapes.chosen(every, most=2) == [0, 77]
+    assert shapes.chosen(np.array([5, 6, 7])) == [5, 6, 7]
+    assert shapes.chosen(every[:0]) == []
     assert len(chosen) <= MOST_SPECIMENS
     assert shape_of(rows[333], ()) == ("2 answers", "not ASCII")
     assert shape_of(rows[390], ("<s>",)) == ("special token in the text",)

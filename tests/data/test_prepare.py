@@ -68,7 +68,7 @@ def test_the_cache_gives_the_same_and_notices_every_change(run: Run, tmp_path: P
     file = write(tmp_path / "my.jsonl", pairs(30))
     first, again = run(train=file), run(train=file)
     assert first.fingerprint == again.fingerprint
-    assert isinstance(again.train[0].ids.base, np.memmap)
+    assert isinstance(again.train[0].ids.base.base, np.memmap)
     for a, b in ((first.train, again.train), (first.eval, again.eval)):
         assert [e.ids.tolist() for e in a] == [e.ids.tolist() for e in b]
         assert [e.trained.tolist() for e in a] == [e.trained.tolist() for e in b]

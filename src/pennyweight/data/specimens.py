@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from pennyweight.data.conversation import Conversation, Example
 from pennyweight.data.examples import Examples
 
-__all__ = ["MOST_SPECIMENS", "SPECIAL_TEXT", "Specimen", "as_trained", "shape_of", "specimens"]
+__all__ = ["MOST_SPECIMENS", "SPECIAL_TEXT", "Shapes", "Specimen", "as_trained", "shape_of"]
 
 MOST_SPECIMENS = 16
 _FEW = 8
@@ -63,35 +64,51 @@ def as_trained(rows: Sequence[Conversation], *parts: Examples) -> tuple[Specimen
     return tuple(Specimen(row, tuple(found[row.source])) for row in rows)
 
 
-def specimens(
-    rows: Sequence[Conversation], special_texts: Sequence[str], *, most: int = MOST_SPECIMENS
-) -> list[Conversation]:
-    """The first row, the longest, the first of each further shape, and some more, at most so many.
+class Shapes:
+    """What each of many rows shows, noted as they go by, so that none is read for it again.
 
-    `special_texts` are those that a tokenizer reads as one token. Shapes that show something new
-    come before combinations of what was seen.
+    `special_texts` are those that a tokenizer reads as one token.
     """
-    if not rows:
-        return []
-    firsts: dict[frozenset[str], int] = {}
-    longest, most_chars = 0, -1
-    starts = {text[0] for text in special_texts if text}
-    for number, row in enumerate(rows):
-        firsts.setdefault(_features(row, special_texts, starts), number)
-        chars = sum(len(message.content) for message in row.messages)
-        if chars > most_chars:
-            longest, most_chars = number, chars
-    chosen = dict.fromkeys((0, longest))
-    seen = {
-        feature for place in chosen for feature in _features(rows[place], special_texts, starts)
-    }
-    for features, number in firsts.items():
-        if not features <= seen:
-            chosen[number], seen = None, seen | features
-    chosen |= dict.fromkeys(firsts.values())
-    few = max(0, min(_FEW, len(rows)) - len(chosen))  # alike, and yet not the same
-    chosen |= dict.fromkeys(len(rows) * (i + 1) // (few + 1) for i in range(few))
-    return [rows[number] for number in list(chosen)[:most]]
+
+    def __init__(self, special_texts: Sequence[str]) -> None:
+        self._special = special_texts
+        self._starts = {text[0] for text in special_texts if text}
+        self._known: dict[frozenset[str], int] = {}
+        self._shapes, self._chars = array("q"), array("q")
+
+    def passing(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
+        for row in rows:
+            features = _features(row, self._special, self._starts)
+            self._shapes.append(self._known.setdefault(features, len(self._known)))
+            self._chars.append(sum(len(message.content) for message in row.messages))
+            yield row
+
+    def chosen(self, rows: np.ndarray, *, most: int = MOST_SPECIMENS) -> list[int]:
+        """Of these rows, by number, the first, the longest, the first of each further shape, and
+        some more, at most so many.
+
+        Shapes that show something new come before combinations of what was seen.
+        """
+        if not len(rows):
+            return []
+        shapes = np.array(self._shapes, np.int64)[rows]
+        longest = int(np.array(self._chars, np.int64)[rows].argmax())
+        of_number = list(self._known)
+        firsts = {of_number[shapes[at]]: int(at) for at in _first_of_each(shapes)}
+        chosen = dict.fromkeys((0, longest))
+        seen = {feature for at in chosen for feature in of_number[shapes[at]]}
+        for features, at in firsts.items():
+            if not features <= seen:
+                chosen[at], seen = None, seen | features
+        chosen |= dict.fromkeys(firsts.values())
+        few = max(0, min(_FEW, len(rows)) - len(chosen))  # alike, and yet not the same
+        chosen |= dict.fromkeys(len(rows) * (i + 1) // (few + 1) for i in range(few))
+        return [int(rows[at]) for at in list(chosen)[:most]]
+
+
+def _first_of_each(shapes: np.ndarray) -> np.ndarray:
+    places: np.ndarray = np.unique(shapes, return_index=True)[1]
+    return np.sort(places)
 
 
 def shape_of(row: Conversation, special_texts: Sequence[str]) -> tuple[str, ...]:

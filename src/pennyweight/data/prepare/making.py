@@ -20,7 +20,7 @@ from pennyweight.data.ledger import LedgerRows, LedgerWriter
 from pennyweight.data.prepare.reading import Rows, read, resolved, split
 from pennyweight.data.prepare.recipe import Recipe
 from pennyweight.data.read import Faults
-from pennyweight.data.specimens import MOST_SPECIMENS, specimens
+from pennyweight.data.specimens import MOST_SPECIMENS, Shapes
 from pennyweight.data.spool import Spool
 from pennyweight.errors import DataError
 
@@ -35,8 +35,8 @@ def make(recipe: Recipe, room: Path) -> None:
         renderer = renderer_of(recipe.config, recipe.tokenizer, recipe.stop_id, settled)
         notes += renderer.describe()["notes"]
         ledger = LedgerWriter()
-        trained = _rendered(renderer, train_rows, "train", room, ledger)
-        evaluated = _rendered(renderer, eval_rows, "eval", room, ledger)
+        trained, shown = _rendered(renderer, train_rows, "train", room, ledger)
+        evaluated, shown_too = _rendered(renderer, eval_rows, "eval", room, ledger)
         arrays = {"repeated": np.repeat(np.arange(len(trained)), train_rows.times[trained])}
         found = ledger.finished()
         arrays |= found.arrays()
@@ -46,14 +46,7 @@ def make(recipe: Recipe, room: Path) -> None:
             "notes": notes + _leaks(found),
             "questions": _questions(renderer, eval_rows.spool.view(np.unique(evaluated))),
             "resolved": settled,
-            "specimens": [
-                row.values()
-                for row in _chosen(
-                    renderer,
-                    train_rows.spool.view(np.unique(trained)),
-                    eval_rows.spool.view(np.unique(evaluated)),
-                )
-            ],
+            "specimens": [row.values() for row in (*shown, *shown_too)],
         }
     write_manifest(room, parts=("train", "eval"), arrays=list(arrays), facts=facts)
 
@@ -93,11 +86,16 @@ def _read(recipe: Recipe, training: Spool, held: Spool) -> tuple[Rows, Rows, lis
 
 def _rendered(
     renderer: Renderer, rows: Rows, part: str, room: Path, ledger: LedgerWriter
-) -> np.ndarray:
-    """Write the part's examples and its lines of the ledger; for each example, its row's number."""
-    writer, index = ExamplesWriter(room, part), array("q")
+) -> tuple[np.ndarray, list[Conversation]]:
+    """Write the part's examples and its lines of the ledger.
+
+    Gives each example's row by number, and specimens of the rows that were kept; of held-out ones
+    too, for those are answered in text.
+    """
+    writer, index, shapes = ExamplesWriter(room, part), array("q"), Shapes(renderer.special_texts)
     times = rows.times if part == "train" else np.ones(len(rows), np.int64)
-    for number, (source, outcome) in enumerate(renderer.render_stream(rows.spool)):
+    passing = shapes.passing(rows.spool)
+    for number, (source, outcome) in enumerate(renderer.render_stream(passing)):
         if isinstance(outcome, Dropped):
             ledger.drop(source, part, outcome.reason, times=int(times[number]))
             continue
@@ -106,7 +104,10 @@ def _rendered(
             writer.add(example)
             index.append(number)
     writer.finished()
-    return np.array(index, np.int64)
+    of_example = np.array(index, np.int64)
+    most = MOST_SPECIMENS if part == "train" else MOST_SPECIMENS // 4
+    chosen = shapes.chosen(np.unique(of_example), most=most)
+    return of_example, [rows.spool[number] for number in chosen]
 
 
 def _note(
@@ -153,14 +154,6 @@ def _questions(renderer: Renderer, rows: Sequence[Conversation]) -> list[dict[st
             answer = row.messages[last].content
             questions.append({"prompt_ids": ids, "reference": answer, "source": row.source})
     return questions
-
-
-def _chosen(
-    renderer: Renderer, train_rows: Sequence[Conversation], eval_rows: Sequence[Conversation]
-) -> list[Conversation]:
-    """Specimens of the rows that were kept, held-out ones too: those are answered in text."""
-    special = renderer.special_texts
-    return specimens(train_rows, special) + specimens(eval_rows, special, most=MOST_SPECIMENS // 4)
 
 
 def _leaks(ledger: LedgerRows) -> list[str]:

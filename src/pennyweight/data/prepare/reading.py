@@ -21,7 +21,8 @@ __all__ = ["Rows", "read", "resolved", "split"]
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """Conversations of one part, and of each: `times` it is trained by its source's weight, the key
-    of what it `asked`, whether it is a `chat`, its `answers` and those of them that are `reasoned`.
+    of what it `asked` (0 where no rows are to be held out by it), whether it is a `chat`, its
+    `answers` and those of them that are `reasoned`.
     """
 
     spool: Spool
@@ -48,9 +49,9 @@ class _Traits:
     answers: array[int] = field(default_factory=lambda: array("q"))
     reasoned: array[int] = field(default_factory=lambda: array("q"))
 
-    def note(self, row: Conversation, seed: int) -> None:
+    def note(self, row: Conversation, seed: int | None) -> None:
         answers = [message for message in row.messages if message.role == "assistant"]
-        self.asked.append(dataset.asked_key(row, seed))
+        self.asked.append(0 if seed is None else dataset.asked_key(row, seed))
         self.chat.append(row.kind == "chat")
         self.answers.append(len(answers))
         self.reasoned.append(sum("reasoning_content" in message.extra for message in answers))
@@ -62,12 +63,13 @@ def read(
     """The rows that are taken of these sources, in their order, and what was found."""
     times: list[np.ndarray] = [np.zeros(0, np.int64)]
     traits, notes = _Traits(), []
+    seed = recipe.seed if recipe.held is None and recipe.config.eval_fraction else None
     for place in sources:
         source, before = place.source, len(spool)
         found = dataset.read(place, recipe.config.columns, faults)
         for row in found:
             spool.append(row)
-            traits.note(row, recipe.seed)
+            traits.note(row, seed)
         count = len(spool) - before
         times.append(dataset.weighted(count, source.weight, seed=recipe.seed, name=source.path))
         weight = "" if source.weight == 1 else f", weight {source.weight:g}: {times[-1].sum():,}"
