@@ -220,6 +220,26 @@ def test_evaluations_too_go_in_smaller_batches(description, monkeypatch):
         finetune(description("tighter"))
 
 
+def test_training_and_evaluating_never_stand_on_what_the_other_freed(description, monkeypatch):
+    """On a CPU that was a fifth of a run's peak: memory goes back before and after each evaluation."""
+    done: list[str] = []
+    reading = rehearsal.evaluate_loss, run_room.loss_by_batch
+    monkeypatch.setattr(run_room, "release_cached", lambda device: done.append("given back"))
+
+    def read(*given):
+        done.append("evaluated")
+        return reading[0](*given)
+
+    def read_by_batch(*given):
+        done.append("evaluated")
+        return reading[1](*given)
+
+    monkeypatch.setattr(rehearsal, "evaluate_loss", read)
+    monkeypatch.setattr(run_room, "loss_by_batch", read_by_batch)
+    finetune(description("given-back", eval_steps=1, max_steps=2))
+    assert done == ["given back", "evaluated", "given back"] * 5  # rehearsal, base, 1, 2, end
+
+
 def test_too_small_a_disk_is_refused_with_numbers(description, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda _: usage(10**6, 0, 10_000))

@@ -1,7 +1,8 @@
 """A catalogue of the classic faults of fine-tuning: each is planted, and what a person reads is held.
 
 Everywhere else these cost days, since nothing says a word: the model never stops, learned nothing,
-was served with other tokens than it was trained on, or was the base all along.
+was served with other tokens than it was trained on, or was the base all along. Every one is planted
+on a tiny random model, on the model that ships here, and on a real one where there is one.
 """
 
 from __future__ import annotations
@@ -20,12 +21,36 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pennyweight import cli
+from pennyweight.builtin import model_folder
 from pennyweight.data.examples import ExamplesWriter
 from pennyweight.data.prepare import making
 from pennyweight.report import read_events
-from tests.conftest import CHAT_TEMPLATE, build_model_folder
+from tests.conftest import CHAT_TEMPLATE
 
 USAGE, DATA = 2, 65
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model to plant faults on. `named`: as a run's description names it; a copy of `folder`, to
+    tamper with, is always `model`. `length`: tokens that each of the tests' rows has room in."""
+
+    folder: Path
+    named: str
+    bos: str
+    stop: str
+    stop_id: int
+    length: int = 96
+
+
+@pytest.fixture(scope="module", params=["tiny", "builtin", "stories260k"])
+def base(request, tiny_llama_folder) -> Base:
+    if request.param == "tiny":
+        return Base(tiny_llama_folder, "model", "<s>", "<|im_end|>", 4)
+    if request.param == "builtin":
+        return Base(model_folder(), "builtin", "<|bos|>", "<|im_end|>", 3)
+    real = request.getfixturevalue("shared_data") / "models" / "stories260k"
+    return Base(real, "model", "<s>", "<s>", 1, length=320)  # one token begins and ends a text
 
 
 @dataclass(frozen=True)
@@ -60,16 +85,18 @@ def talk(question: str, answer: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def write_run(home: Path, rows: list[dict[str, Any]] | None = None, **settings: Any) -> Path:
+def write_run(
+    home: Path, base: Base, rows: list[dict[str, Any]] | None = None, **settings: Any
+) -> Path:
     """A run.yaml with these settings (`train.max_steps`) beside its rows, 24 short chats."""
     words = ["red", "green", "blue", "one", "two", "three"]
     answers = (" ".join([words[n % 6], *words[: n % 5], words[n // 4]]) for n in range(24))
     chats = rows or [{"messages": talk(f"say {answer}", answer)} for answer in answers]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
     run: dict[str, Any] = {
-        "base": {"model": "model", "device": "cpu"},
+        "base": {"model": base.named, "device": "cpu"},
         "adapter": {"r": 4},
-        "data": {"train": "rows.jsonl", "eval_fraction": 0.2, "max_length": 96},
+        "data": {"train": "rows.jsonl", "eval_fraction": 0.2, "max_length": base.length},
         "train": {"max_steps": 3, "learning_rate": 0.05, "batch_size": 4},
         "evaluate": {"generate_rows": 2, "max_new_tokens": 4},
         "output_dir": "run",
@@ -83,14 +110,14 @@ def write_run(home: Path, rows: list[dict[str, Any]] | None = None, **settings: 
 
 
 @pytest.fixture
-def model(tiny_llama_folder, tmp_path) -> Path:
+def model(base, tmp_path) -> Path:
     """A base of one's own to tamper with."""
-    return Path(shutil.copytree(tiny_llama_folder, tmp_path / "model", dirs_exist_ok=True))
+    return Path(shutil.copytree(base.folder, tmp_path / "model", dirs_exist_ok=True))
 
 
 @pytest.fixture
-def described(model, tmp_path) -> Callable[..., Path]:
-    return partial(write_run, tmp_path)
+def described(base, model, tmp_path) -> Callable[..., Path]:
+    return partial(write_run, tmp_path, base)
 
 
 def losses(folder: str) -> list[float]:
@@ -100,30 +127,31 @@ def losses(folder: str) -> list[float]:
 # pad = eos, and padding masked by its id: the model never learns to stop
 
 
-def test_pad_is_eos_and_the_stop_token_is_trained_all_the_same(pennyweight, described, model):
+def test_pad_is_eos_and_the_stop_token_is_trained_all_the_same(pennyweight, base, described, model):
     settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings["pad_token"] = settings["eos_token"]
+    settings["pad_token"] = settings["eos_token"] = base.stop
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    shown = pennyweight("preview", described(), "--json").json["shown"]
+    path = described(**{"base.model": "model"})
+    shown = pennyweight("preview", path, "--json").json["shown"]
     assert all(
-        [s["text"] for s in row["segments"] if s["trained"]][-1].endswith("<|im_end|>")
+        [s["text"] for s in row["segments"] if s["trained"]][-1].endswith(base.stop)
         for row in shown
     )
-    assert pennyweight("parity", "run.yaml").code == 0
+    assert pennyweight("parity", path).code == 0
 
 
-def test_masked_by_id(pennyweight, described, monkeypatch):
+def test_masked_by_id(pennyweight, base, described, monkeypatch):
     """What a collator does that labels every pad token -100 after pad was set to eos."""
 
     class MaskedById(ExamplesWriter):
         def add(self, example):
-            example.trained[example.ids == 4] = False  # <|im_end|>
+            example.trained[example.ids == base.stop_id] = False
             super().add(example)
 
     monkeypatch.setattr(making, "ExamplesWriter", MaskedById)
     ended = pennyweight("train", described())
     assert ended.code == USAGE
-    assert "the stop token <|im_end|> is not trained" in ended.err
+    assert f"the stop token {base.stop} is not trained" in ended.err
     assert "the model would never learn to stop" in ended.err
     assert not Path("run/adapter").exists()
 
@@ -133,7 +161,7 @@ def test_masked_by_id(pennyweight, described, monkeypatch):
 
 def test_every_answer_cut_before_its_end(pennyweight, described):
     """`data.max_length` takes the end of each row away, and the stop token is the end."""
-    answer = "red green blue one two three red green blue one two three"
+    answer = " ".join(["red green blue one two three"] * 6)
     rows = [{"messages": talk(f"say {n}", answer)} for n in range(9)]
     ended = pennyweight("train", described(rows, **{"data.max_length": 48}))
     assert ended.code == DATA
@@ -142,14 +170,14 @@ def test_every_answer_cut_before_its_end(pennyweight, described):
     assert "loses the end of its answer, and never trains the stop token" in ended.err
 
 
-def test_a_template_that_prints_no_stop_gets_one(pennyweight, described, tmp_path):
+def test_a_template_that_prints_no_stop_gets_one(pennyweight, base, described, tmp_path):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (tmp_path / "t.jinja").write_text(
         template + "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     path = described(**{"data.template": "t.jinja"})
     shown = pennyweight("preview", path, "--json").json
-    assert shown["shown"][0]["segments"][-1]["text"].endswith("<|im_end|>")
+    assert shown["shown"][0]["segments"][-1]["text"].endswith(base.stop)
     assert "the template prints no stop token" in " ".join(shown["lines"])
     assert pennyweight("parity", path).code == 0
 
@@ -181,24 +209,25 @@ def test_an_empty_mask(pennyweight, described, row, why):
 # two BOS tokens: one from the template, one from the tokenizer
 
 
-def test_a_template_that_prints_bos_twice(pennyweight, described, tmp_path):
+def test_a_template_that_prints_bos_twice(pennyweight, base, described, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ bos_token }}" + CHAT_TEMPLATE)
     path = described(**{"data.template": "t.jinja"})
     ended = pennyweight("train", path)
     assert ended.code == USAGE
     assert "rows.jsonl:1" in ended.err
-    assert "it begins with 2 BOS tokens (<s>), where one belongs" in ended.err
-    assert "data.template prints <s> more than once" in ended.err
+    assert f"it begins with 2 BOS tokens ({base.bos}), where one belongs" in ended.err
+    assert f"data.template prints {base.bos} more than once" in ended.err
     table = pennyweight("parity", path, "--json")
     assert table.code == USAGE
     assert table.json["ways"]["training"]["one BOS"] is False
 
 
-def test_text_that_brings_its_own_bos_gets_no_second(pennyweight, described):
-    rows = [{"prompt": f"<s>say {n}", "completion": str(n)} for n in range(9)]
+def test_text_that_brings_its_own_bos_gets_no_second(pennyweight, base, described):
+    rows = [{"prompt": f"{base.bos}say {n}", "completion": str(n)} for n in range(9)]
     path = described(rows, **{"data.template": "plain"})
     shown = pennyweight("preview", path, "--json").json["shown"]
-    assert "".join(s["text"] for s in shown[0]["segments"]).count("<s>") == 1
+    text = "".join(s["text"] for s in shown[0]["segments"])
+    assert text.removesuffix(base.stop).count(base.bos) == 1
     found = pennyweight("parity", path, "--json").json
     assert found["ok"]
     assert all(found["ways"]["transformers"].values())
@@ -209,11 +238,13 @@ def test_text_that_brings_its_own_bos_gets_no_second(pennyweight, described):
 
 
 @pytest.fixture(scope="module")
-def ended_well(tiny_llama_folder, tmp_path_factory) -> Path:
+def ended_well(base, tmp_path_factory) -> Path:
     """A folder with a model, a run of it and the run's merged folder, all of which agree."""
     home = tmp_path_factory.mktemp("ended-well")
-    shutil.copytree(tiny_llama_folder, home / "model")
-    write_run(home)
+    shutil.copytree(base.folder, home / "model")
+    if base.named != "builtin":  # a template that can drift
+        (home / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    write_run(home, base, **{"base.model": "model"})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("PENNYWEIGHT_CACHE", str(home / "cache"))
@@ -275,12 +306,12 @@ def test_a_merged_folder_speaks_another_template(pennyweight, finished):
     assert "2 BOS tokens" in faults["one BOS"]["what"]
 
 
-def test_a_merged_folder_that_would_not_stop(pennyweight, finished):
+def test_a_merged_folder_that_would_not_stop(pennyweight, base, finished):
     path = finished / "merged" / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": 2}))
     ended = pennyweight("parity", "run")
     assert ended.code == USAGE
-    assert "answers are trained to end with <|im_end|>, generation stops on </s>" in ended.out
+    assert f"answers are trained to end with {base.stop}, generation stops on " in ended.out
 
 
 # a typo in a key: a default is used, and nobody hears of it
@@ -301,14 +332,15 @@ def test_a_typo_in_a_key(pennyweight, described):
 
 def test_accumulated_micro_batches_are_no_mean_of_means(pennyweight, described):
     """Four micro-batches of one ragged row are one batch of four, and a mean of means is not."""
-    together = {"data.packing": False, "train.max_steps": 3}
+    together = {"data.packing": False, "train.max_steps": 3, "train.learning_rate": 5e-3}
     apart = together | {"train.batch_size": 1, "train.gradient_accumulation_steps": 4}
     single = together | {"train.batch_size": 1, "train.max_steps": 4, "train.learning_rate": 1e-12}
     for name, settings in (("one", together), ("four", apart), ("rows", single)):
         assert pennyweight("train", described(output_dir=name, **settings)).code == 0
     assert losses("four") == pytest.approx(losses("one"), rel=1e-5)
     one, four = (load_file(f"{name}/adapter/adapter_model.safetensors") for name in ("one", "four"))
-    assert all(np.allclose(one[key], four[key], rtol=1e-3, atol=1e-6) for key in one)
+    apart_by = sum(float((one[key] - four[key]).square().sum()) for key in one)
+    assert apart_by < 1e-6 * sum(float(one[key].square().sum()) for key in one)
     steps = [e for e in read_events("rows/events.jsonl") if e["kind"] == "step"]
     counts = [step["trained_tokens"] for step in steps]
     assert len(set(counts)) > 1
@@ -341,8 +373,8 @@ def test_an_adapter_whose_keys_match_nothing(pennyweight, finished):
 
 
 def test_the_wrong_base(pennyweight, finished, model):
-    shutil.rmtree(model)
-    build_model_folder("llama", model, seed=7)
+    path = model / "model.safetensors"
+    save_file({key: weight.flip(0).contiguous() for key, weight in load_file(path).items()}, path)
     ended = pennyweight("chat", "run", "-m", "say red")
     assert ended.code == USAGE
     assert "the adapter was trained beside model (fingerprint" in ended.err

@@ -174,6 +174,7 @@ def _evaluation(run: Run) -> int:
         batches = in_batches(rows, budget_tokens=run.evaluation_tokens)
         batch = max(batches, key=lambda it: (it.tokens, int(np.diff(it.boundaries).max())))
         report = evaluate_loss(run.base, read_by([batch], run.slot))
+        run.give_back()
         if report.limit_tokens is None:
             return batch.tokens
         run.evaluate_within(report.limit_tokens)

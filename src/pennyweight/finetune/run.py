@@ -182,8 +182,8 @@ class Run:
             self.report.evaluation(0, self.tally.before.loss)
 
     def give_back(self) -> None:
-        """Before other work: what a pass freed on a CPU would stand beside what that work takes. On
-        a card it is taken up again."""
+        """Between training and evaluating: what one freed on a CPU would stand beside what the other
+        takes. On a card it is taken up again."""
         if self.base.device.type == "cpu":
             release_cached(self.base.device)
 
@@ -368,6 +368,7 @@ class Run:
                 report: LossReport = done.value
                 break
             yield Beat("evaluated", batch.tokens)
+        self.give_back()
         if report.limit_tokens is not None:
             self.evaluate_within(report.limit_tokens)
         yield Beat("evaluated", loss=report.loss)
