@@ -184,3 +184,27 @@ def test_chunks_are_chosen_by_bytes() -> None:
     assert chunk_rows(32_000, torch.device("cpu")) == 524
     assert chunk_rows(10**9, torch.device("cpu")) == 16
     assert chunk_rows(32_000, torch.device("cuda")) > 4000
+
+
+@pytest.mark.parametrize("vocab", [50, 96])
+def test_in_bf16_the_sum_and_its_gradient_are_as_near_to_float64s_as_roundings(vocab: int) -> None:
+    """In chunks, with and without the kernel for it; a logit that is no number shows in the sum."""
+    layer = nn.Linear(64, vocab, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    plain = {"bias": None, "softcap": None, "scale": 1.0, "trainable": False, "wrapped": False}
+    head = Head(weight=layer.weight, module=layer, **plain)
+    hidden = torch.randn(300, 64).bfloat16().requires_grad_()
+    ids, trained = torch.randint(0, vocab, (300,)), torch.ones(300, dtype=torch.bool)
+    wide = hidden.detach().double().requires_grad_()
+    logits = (wide @ head.weight.double().T)[:-1]
+    exact = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+    (slope,) = torch.autograd.grad(exact, wide)
+    total, count = summed_cross_entropy(hidden, ids, trained, (0, 300), head, chunk_tokens=128)
+    (found,) = torch.autograd.grad(total, hidden)
+    assert count == 299
+    assert total.item() == pytest.approx(exact.item(), rel=1e-3)
+    assert (found.double() - slope).norm() <= 0.01 * slope.norm()
+    with torch.no_grad():
+        again, _ = summed_cross_entropy(hidden, ids, trained, (0, 300), head)
+        assert again.item() == total.item()
+        spoiled, _ = summed_cross_entropy(hidden * torch.nan, ids, trained, (0, 300), head)
+    assert spoiled.isnan()

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from pennyweight.blocks.kernels.compiled import Softmax
 from pennyweight.data.batch import Batch
 from pennyweight.model import BaseModel, Head
+from pennyweight.quant.kernels.cpu import dense_product
 
 __all__ = [
     "Places",
@@ -38,6 +40,9 @@ __all__ = [
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_DEVICE = 512 << 20
 _CHUNK_BYTES_SPARING = 128 << 20
+# Of logits that are read right after they were written; and rows worth reading the head for.
+_CHUNK_BYTES_CACHED = 4 << 20
+_LEAST_CACHED_ROWS = 256
 # Logits that measuring holds at once: 64 MiB of float32.
 MOST_LOGITS = 2**24
 
@@ -172,9 +177,19 @@ class _PlainHead(torch.autograd.Function):
             if weight_grad and bias is not None and bias.requires_grad
             else None
         )
+        bare = bias is None and softcap is None and scale == 1.0 and not weight_grad
+        plain = bare and hidden.dtype == torch.bfloat16 and Softmax.fits(hidden)
+        if plain:
+            chunk = min(chunk, max(_LEAST_CACHED_ROWS, _CHUNK_BYTES_CACHED // (2 * len(W))))
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             h = hidden[rows[part]]
+            if plain:
+                error = _by_head(h, W)
+                losses[part] = Softmax.losses(error, wanted[part], error=hidden_grad)
+                if grad_rows is not None:
+                    _by_head(error, W, back_into=grad_rows[part])
+                continue
             logits, slope = _logits(h @ W.T, bias, softcap, scale)
             top, chosen = logits.amax(1, keepdim=True), logits.gather(1, wanted[part, None])
             powers = logits.sub_(top).exp_()
@@ -213,6 +228,15 @@ class _PlainHead(torch.autograd.Function):
         to_weight = None if grad_weight is None else grad_weight.mul_(grad).to(ctx.weight_dtype)
         to_bias = None if grad_bias is None else (grad_bias * grad).to(ctx.bias_dtype)
         return to_hidden, to_weight, to_bias, None, None, None, None, None, None, None
+
+
+def _by_head(x: Tensor, weight: Tensor, *, back_into: Tensor | None = None) -> Tensor:
+    """x W^T, or x W into a place for it."""
+    back = back_into is not None
+    found = dense_product(x, weight, transposed=back, out=back_into)
+    if found is not None:
+        return found
+    return x @ weight.T if back_into is None else torch.mm(x, weight, out=back_into)
 
 
 def _logits(

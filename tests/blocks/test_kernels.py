@@ -14,6 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pennyweight.blocks import kernels
+from pennyweight.blocks.kernels import compiled
+from pennyweight.blocks.rotation import _turned
 from pennyweight.quant.kernels.build import variants
 from pennyweight.quant.kernels.cpu import library
 from pennyweight.quant.kernels.cpu.library import SWITCH
@@ -118,11 +120,60 @@ def test_a_cpus_norm_and_gate_are_their_formulas(variant: str, dtype: torch.dtyp
         assert ((found.double() - wanted.detach()).abs() <= near).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cpus_rotation_is_its_formula(variant: str, dtype: torch.dtype) -> None:
+    """Law 10: of queries and of fewer keys, both ways; in float32 to the bit what torch gives."""
+    angle = 9 * torch.randn(1, 70, 32)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    query = torch.randn(1, 70, 6, 32).to(dtype).transpose(1, 2)
+    key = torch.randn(1, 2, 70, 32).to(dtype)
+    kernel = kernels.serving("rotation", query, key, cos, sin)
+    turned = kernel.rotate(query, key, cos, sin)
+    back = kernel.rotate(query, key, cos, sin, back=True)
+    for x, found, returned in zip((query, key), turned, back, strict=True):
+        wide = x.double().requires_grad_()
+        exact = _turned(wide, cos.double()[:, None], sin.double()[:, None])
+        (slope,) = torch.autograd.grad(exact, wide, x.double())
+        eps = 4 * torch.finfo(dtype).eps  # of products that may cancel
+        assert ((found - exact).abs() <= eps * (1 + exact.abs())).all()
+        assert ((returned - slope).abs() <= eps * (1 + slope.abs())).all()
+        if dtype == torch.float32:
+            assert torch.equal(found, _turned(x, cos[:, None], sin[:, None]))
+    kept = query.clone()
+    assert torch.equal(kernel.rotate(query, key, cos, sin, in_place=True)[0], turned[0])
+    assert torch.equal(query, turned[0])
+    assert kernels.serving("rotation", kept[..., :24], key[..., :24], cos, sin) is None
+
+
+@pytest.mark.parametrize("vocab", [5, 48, 2100])
+def test_a_cpus_softmax_is_its_formula(variant: str, vocab: int) -> None:
+    """Law 10, in bf16: losses, the gradient where the logits lay, and what is no number shows."""
+    logits = (4 * torch.randn(9, vocab)).bfloat16()
+    wanted = torch.randint(0, vocab, (9,))
+    wide = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(wide, wanted, reduction="none")
+    (slope,) = torch.autograd.grad(exact.sum(), wide)
+    for bad in (torch.nan, torch.inf):
+        for place in (0, vocab - 1):
+            spoiled = logits.clone()
+            spoiled[4, place] = bad
+            found = compiled.Softmax.losses(spoiled, wanted, error=False)
+            assert found.isfinite().logical_not().nonzero().tolist() == [[4]]
+    kept = logits.clone()
+    first = compiled.Softmax.losses(logits, wanted, error=False)
+    assert torch.equal(logits, kept)
+    alone = compiled.Softmax.losses(logits[3:4].clone(), wanted[3:4], error=False)
+    assert torch.equal(alone, first[3:4])
+    assert torch.equal(compiled.Softmax.losses(logits, wanted, error=True), first)
+    torch.testing.assert_close(first.double(), exact.detach(), rtol=1e-5, atol=2e-5)
+    assert ((logits.double() - slope).abs() <= 2**-8 * slope.abs() + 1e-7).all()
+
+
 def test_rows_in_parts_and_other_activations_are_torchs() -> None:
     whole = torch.randn(4, 64)
     assert kernels.serving("feed_forward", *whole.chunk(2, dim=-1)) is None
     assert kernels.serving("norm", torch.ones(0, 16), torch.ones(16)) is None
-    assert kernels.serving("rotation", whole, whole) is None
+    assert kernels.serving("rotation", whole, whole, whole, whole) is None
 
 
 BF16 = "*bf16"
@@ -172,14 +223,14 @@ def test_code_for_a_gpu_moves_16_bytes_at_once(
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install -e .[kernels-test]")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    code = compiled(launch).asm["ptx"]
+    code = for_a_gpu(launch).asm["ptx"]
     assert "st.global.v4.b32" in code
     assert "st.global.b16" not in code
     assert "ld.global.v4.b32" in code
     assert ".local" not in code  # nothing spilled
 
 
-def compiled(launch: str) -> Any:
+def for_a_gpu(launch: str) -> Any:
     """The kernel as it is launched for bfloat16, sizes and strides that are multiples of 16."""
     import importlib
 

@@ -31,6 +31,7 @@ from pennyweight.quant import (
 from pennyweight.quant.blockwise import fill_in_torch, nest_in_torch, quantize_in_torch
 from pennyweight.quant.kernels import cpu
 from pennyweight.quant.kernels.build import variants
+from pennyweight.quant.kernels.cpu.adapted import Beside, Layer, adapted, adapted_back
 from pennyweight.quant.kernels.cpu.library import SWITCH, Library, chosen
 from pennyweight.quant.kernels.trial import tried
 
@@ -279,36 +280,54 @@ def test_compiled_products_are_near_float64_and_blind_to_other_rows(
             assert torch.equal(part, ours[-rows:])
 
 
-@pytest.mark.parametrize("rank", [2, 16, 24])
-@pytest.mark.parametrize("shape", [(32, 32), (96, 1600), (1600, 160)])
-def test_products_of_bf16_take_an_adapter_along(
-    compiled: Library, shape: tuple[int, int], rank: int
+@pytest.mark.parametrize("ranks", [(2,), (24,), (16, 4, 0), (0, 18)])
+@pytest.mark.parametrize("inputs", [32, 160, 1600])
+@pytest.mark.parametrize("dense", [False, True])
+def test_products_of_bf16_take_adapters_along(
+    compiled: Library, dense: bool, inputs: int, ranks: tuple[int, ...]
 ) -> None:
-    """Values and gradients near float64's, from sums that are rounded once; more inputs than a tile
-    holds, more rows than a block of sums, and an odd one."""
-    value = quantize_4bit(torch.randn(shape) / 8)
-    x, grad = torch.randn(201, shape[1]).bfloat16(), torch.randn(201, shape[0]).bfloat16()
-    if not cpu.multiplies_bf16(compiled, x, value):
+    """Layers of other sizes and ranks, some without an adapter, that read the same rows: values and
+    gradients near float64's, from sums that are rounded once. More inputs than a tile holds, more
+    rows than a block of sums, and an odd one."""
+    x = torch.randn(601, inputs).bfloat16()
+    if compiled.adapted_bf16 is None:
         pytest.skip(f"{compiled.variant} multiplies in float32")
-    beside = cpu.Beside(torch.randn(rank, shape[1]) / 8, torch.randn(shape[0], rank) / 8, 0.5)
-    bias, weight = torch.randn(shape[0]), cpu.stored(value, torch.bfloat16)
-    y, z = cpu.adapted(compiled, x, weight, bias, beside)
-    a, b = beside.a.bfloat16().double(), beside.b.bfloat16().double()
-    dense, wide = dequantize_4bit(value, torch.bfloat16).double(), x.double()
-    assert (z - wide @ a.T).norm() <= 2**-8 * z.double().norm()
-    exact = wide @ dense.T + bias.double() + 0.5 * z.double() @ b.T
-    assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
-    of_x, of_a, of_b = cpu.adapted_back(compiled, grad, weight, beside, (x, z), (True, True, True))
-    dz = 0.5 * grad.double() @ b
-    for found, wanted in (
-        (of_x, grad.double() @ dense + dz @ a),
-        (of_a, dz.T @ wide),
-        (of_b, 0.5 * grad.double().T @ z.double()),
-    ):
-        assert (found - wanted).norm() <= 2**-8 * wanted.norm()
-    few = cpu.adapted(compiled, x[:3], weight, bias, beside)
-    assert torch.equal(few[0], y[:3])
-    assert torch.equal(few[1], z[:3])
+    layers, weights, held = [], [], []
+    for rank, outputs in zip(ranks, (1600, 96, 32), strict=False):
+        plain = (torch.randn(outputs, inputs) / 8).bfloat16()
+        value = quantize_4bit(plain)
+        held += [plain, value]
+        factors = torch.randn(rank, inputs) / 8, torch.randn(outputs, rank) / 8
+        beside = Beside(*(f.requires_grad_() for f in factors), 0.5) if rank else None
+        weight = cpu.dense(plain) if dense else cpu.stored(value, torch.bfloat16)
+        weights.append((plain if dense else dequantize_4bit(value, torch.bfloat16)).double())
+        layers.append(Layer(weight, torch.randn(outputs), beside))
+    ys, zs = adapted(compiled, x, layers)
+    grads, wide = [torch.randn(y.shape).bfloat16() for y in ys], x.double()
+    of_x, of_factors = adapted_back(compiled, grads, layers, x, zs, of_x=True)
+    exact_x, wanted, narrow = torch.zeros_like(wide), [], iter(zs)
+    for layer, dense_weight, y, grad in zip(layers, weights, ys, grads, strict=True):
+        exact = wide @ dense_weight.T + layer.bias.double()
+        exact_x += grad.double() @ dense_weight
+        if layer.beside is not None:
+            a, b = (f.detach().bfloat16().double() for f in (layer.beside.a, layer.beside.b))
+            z, dz = next(narrow).double(), 0.5 * grad.double() @ b
+            assert (z - wide @ a.T).norm() <= 2**-8 * z.norm()
+            exact += 0.5 * z @ b.T
+            exact_x += dz @ a
+            wanted += [dz.T @ wide, 0.5 * grad.double().T @ z]
+        assert ((y - exact).abs() <= 2**-8 * exact.abs() + 2e-4).all()
+    for found, exact in zip((of_x, *of_factors), (exact_x, *wanted), strict=True):
+        assert (found - exact).norm() <= 2**-8 * exact.norm()
+    few, of_few = adapted(compiled, x[:3], layers)
+    assert all(map(torch.equal, (*few, *of_few), (each[:3] for each in (*ys, *zs))))
+    again, _ = adapted_back(
+        compiled, [g[:3] for g in grads], layers, x[:3], [z[:3] for z in zs], of_x=True
+    )
+    assert torch.equal(again, of_x[:3])
+    assert not adapted(compiled, x, layers, narrow_only=True)[0]
+    alone = [adapted(compiled, x, [layer])[0][0] for layer in layers]
+    assert all(map(torch.equal, alone, ys))
 
 
 def test_compiled_products_are_as_near_to_float64_as_torchs(compiled: Library) -> None:

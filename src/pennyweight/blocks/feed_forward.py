@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pennyweight.blocks.kernels import serving
+from pennyweight.lora.abreast import abreast, along_of
+from pennyweight.lora.along import Along
+from pennyweight.lora.formed import kept
 from pennyweight.lora.layer import LoraLinear, Update, input_gradient, linear_shape
 from pennyweight.quant import QuantizedLinear
 from pennyweight.route import Route
@@ -57,16 +60,34 @@ class GatedFeedForward(nn.Module):
         self.merged = "gate_up_proj" in layers
 
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        if (whole := self._along(x)) is not None:
+            first, second = whole
+            return cast(
+                Tensor, _Along.apply(x, self, first, second, *first.masters, *second.masters)
+            )
         if self.merged:
             gate, up = cast(nn.Module, self.gate_up_proj)(x).chunk(2, dim=-1)
         else:
-            gate, up = cast(nn.Module, self.gate_proj)(x), cast(nn.Module, self.up_proj)(x)
+            gate, up = abreast(self._readers, x)
         down = self.down_proj
         if not (torch.is_grad_enabled() and gate.requires_grad and _is_frozen(down, gate)):
             return cast(Tensor, down(self.gated(gate, up)))
         updates = down.updates(gate) if isinstance(down, LoraLinear) else ()
         masters = [factor for update in updates for factor in (update.a, update.b)]
         return cast(Tensor, _GatedDown.apply(gate, up, self, updates, *masters))
+
+    @property
+    def _readers(self) -> list[nn.Module]:
+        return [cast(nn.Module, self.gate_proj), cast(nn.Module, self.up_proj)]
+
+    def _along(self, x: Tensor) -> tuple[Along, Along] | None:
+        """Gate and up, and down, where products of bf16 take all of them along with their adapters."""
+        if self.merged or (first := along_of(self._readers, x)) is None:
+            return None
+        if not (x.requires_grad or any(master.requires_grad for master in first.masters)):
+            return None
+        second = along_of([self.down_proj], x)
+        return None if second is None else (first, second)
 
     def gated(
         self, gate: Float[Tensor, "*rows inside"], up: Float[Tensor, "*rows inside"]
@@ -78,6 +99,24 @@ class GatedFeedForward(nn.Module):
             return x
         act, _ = ACTIVATIONS[self.activation]
         return act(gate) * up if tracked else act(gate).mul_(up)
+
+    def gated_back(
+        self,
+        grad: Float[Tensor, "*rows inside"],
+        gate: Float[Tensor, "*rows inside"],
+        up: Float[Tensor, "*rows inside"],
+        *,
+        over: Float[Tensor, "*rows inside"],
+    ) -> tuple[Float[Tensor, "*rows inside"], Float[Tensor, "*rows inside"]]:
+        """Gradients of gate and up; `grad` and `over` are written over."""
+        if (kernel := self.kernel(gate, up)) is not None:
+            pair: tuple[Tensor, Tensor] = kernel.gated_back(
+                grad, gate, up, self.activation, over=over
+            )
+            return pair
+        act, slope = ACTIVATIONS[self.activation]
+        of_up = act(gate).mul_(grad)
+        return slope(grad.mul_(up), gate), of_up
 
     def kernel(self, gate: Tensor, up: Tensor) -> Any:
         """What does the elementwise work of such rows; None for eager torch."""
@@ -138,6 +177,40 @@ class _GatedDown(torch.autograd.Function):
         grad_up = acted.mul_(grad_x)
         slope = ACTIVATIONS[block.activation][1]
         return slope(grad_x.mul_(up), gate), grad_up, None, None, *of_factors
+
+
+class _Along(torch.autograd.Function):
+    """All of it by two calls for its three layers; kept are its input, gate, up and each A x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, block: GatedFeedForward, first: Along, second: Along, *masters: Tensor
+    ) -> Tensor:
+        (gate, up), narrow = first.product(x)
+        inside = block.gated(gate, up)
+        if block.left_out:
+            narrow += second.narrowed(inside)
+            y = x.new_zeros(()).expand(*x.shape[:-1], linear_shape(block.down_proj)[0])
+        else:
+            (y,), of_down = second.product(inside)
+            narrow += of_down
+        parts, ctx.kept = kept(x)
+        ctx.block, ctx.first, ctx.second = block, first, second
+        ctx.save_for_backward(*parts, gate, up, *narrow)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, (gate, up, *narrow) = ctx.kept.again(ctx.saved_tensors)
+        block: GatedFeedForward = ctx.block
+        of_down = len(ctx.second.masters) // 2
+        split = len(narrow) - of_down
+        inside = block.gated(gate, up)
+        of_inside, of_second = ctx.second.gradients((grad_y,), inside, narrow[split:], of_x=True)
+        grads = block.gated_back(of_inside, gate, up, over=inside)
+        of_x, of_first = ctx.first.gradients(grads, x, narrow[:split], of_x=ctx.needs_input_grad[0])
+        return of_x, None, None, None, *of_first, *of_second
 
 
 def _is_frozen(layer: nn.Module, x: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Rotary positions: pairs of a head's numbers turned by angles that grow with the token's place
 (Su et al. 2021, RoFormer, section 3.2.2), in the halves' order of transformers.
 
-Only the angles are kept for backward, which turns the gradients the other way. On a GPU queries and
-keys are turned in one launch, in place where nothing is differentiated.
+Only the angles are kept for backward, which turns the gradients the other way. A kernel turns queries
+and keys in one launch on a GPU and in one pass on a CPU, in place where nothing is differentiated.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pennyweight.attention import attend
 from pennyweight.blocks.rotation import rotate
+from pennyweight.lora.abreast import abreast
 from pennyweight.route import Route
 
 __all__ = ["SelfAttention"]
@@ -52,7 +53,8 @@ class SelfAttention(nn.Module):
         attention_mask: Tensor | None = None,
         **passed_on: Any,
     ) -> tuple[Float[Tensor, "1 tokens d"], None]:
-        query, key, value = (self._heads(hidden_states, of) for of in "qkv")
+        projections = [self.get_submodule(f"{of}_proj") for of in "qkv"]
+        query, key, value = map(self._heads, abreast(projections, hidden_states), "qkv")
         query, key = rotate(query, key, *position_embeddings)
         mixed, _ = attend(
             self,
@@ -65,10 +67,10 @@ class SelfAttention(nn.Module):
             softcap=self.softcap,
             **passed_on,
         )
-        return cast(nn.Module, self.o_proj)(mixed.flatten(-2)), None
+        (out,) = abreast([cast(nn.Module, self.o_proj)], mixed.flatten(-2))
+        return out, None
 
-    def _heads(self, x: Tensor, of: str) -> Float[Tensor, "1 heads tokens head_dim"]:
-        projected: Tensor = self.get_submodule(f"{of}_proj")(x)
-        heads = projected.view(*x.shape[:-1], -1, self.head_dim)
+    def _heads(self, projected: Tensor, of: str) -> Float[Tensor, "1 heads tokens head_dim"]:
+        heads = projected.view(*projected.shape[:-1], -1, self.head_dim)
         norm = self._modules.get(f"{of}_norm")
         return (heads if norm is None else norm(heads)).transpose(1, 2)

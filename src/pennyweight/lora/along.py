@@ -1,12 +1,14 @@
-"""Products of bf16 that take an adapter along, on a CPU that has them: one call forward, one back.
+"""Products of bf16 that take adapters along, on a CPU that has them: one call forward, one back.
 
 With the adapter's part in the same sums, y = W x + b + s B (A x) is rounded once, A and B are read as
 the float32 masters that they are, and what torch would do in eight small operations a layer costs
-almost nothing; it is most of a short step.
+almost nothing; it is most of a short step. Layers that read the same rows, such as q, k and v, share
+the calls, and the gradient of these rows is one sum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,61 +17,92 @@ from torch import Tensor, nn
 
 from pennyweight.quant import QuantizedLinear
 from pennyweight.quant.kernels import cpu
+from pennyweight.quant.kernels.cpu.adapted import (
+    MOST_RANK,
+    Beside,
+    Layer,
+    adapted,
+    adapted_back,
+)
 from pennyweight.quant.kernels.cpu.library import Library
 
-__all__ = ["Along", "along"]
+__all__ = ["Along", "Beside", "Layer", "kernels_for", "layer_along"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Along:
-    """A frozen layer and the one adapter of all its rows, as the kernels take them."""
+    """Frozen layers that read the same rows, each with the one adapter of all the rows, or none."""
 
     kernels: Library
-    weight: cpu.Weight
-    bias: Tensor | None
-    beside: cpu.Beside
+    layers: tuple[Layer, ...]
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """A and B of each adapter."""
+        found = [layer.beside for layer in self.layers if layer.beside is not None]
+        return [factor for beside in found for factor in (beside.a, beside.b)]
 
     def product(
         self, x: Float[Tensor, "*rows d_in"]
-    ) -> tuple[Float[Tensor, "*rows d_out"], Float[Tensor, "n r"]]:
-        """The layer's output, and A x, which backward reads."""
-        bias = None if self.bias is None else self.bias.to(x.dtype).float()
-        return cpu.adapted(self.kernels, x.contiguous(), self.weight, bias, self.beside)
+    ) -> tuple[list[Float[Tensor, "*rows _"]], list[Float[Tensor, "n _"]]]:
+        """What each layer gives; and A x of each adapter, which backward reads."""
+        return adapted(self.kernels, x.contiguous(), self.layers)
+
+    def narrowed(self, x: Float[Tensor, "*rows d_in"]) -> list[Float[Tensor, "n _"]]:
+        """A x of each adapter alone."""
+        return adapted(self.kernels, x.contiguous(), self.layers, narrow_only=True)[1]
 
     def gradients(
         self,
-        grad_y: Float[Tensor, "*rows d_out"],
+        grads: Sequence[Float[Tensor, "*rows _"]],
         x: Float[Tensor, "*rows d_in"],
-        z: Float[Tensor, "n r"],
+        kept: Sequence[Float[Tensor, "n _"]],
         *,
         of_x: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of x, A and B: those that are asked for, or trained."""
-        a, b = self.beside.a, self.beside.b
-        wanted, kept = (of_x, a.requires_grad, b.requires_grad), (x.contiguous(), z.contiguous())
-        rows = grad_y.contiguous()
-        return cpu.adapted_back(self.kernels, rows, self.weight, self.beside, kept, wanted)
+    ) -> tuple[Float[Tensor, "*rows d_in"] | None, list[Tensor | None]]:
+        """Gradient of x, if it is asked for, and of the masters that are trained."""
+        rows, narrow = [each.contiguous() for each in grads], [each.contiguous() for each in kept]
+        return adapted_back(self.kernels, rows, self.layers, x.contiguous(), narrow, of_x=of_x)
 
 
-def along(layer: nn.Module, x: Tensor, beside: cpu.Beside) -> Along | None:
-    """The layer with the adapter beside it, for rows like x; None where products do not take it along."""
-    a, b = beside.a, beside.b
-    if x.dtype != torch.bfloat16 or not x.numel() or (kernels := cpu.serving(x)) is None:
+def kernels_for(x: Tensor) -> Library | None:
+    """The kernels that take adapters along for rows like x, if there are any."""
+    if x.dtype != torch.bfloat16 or not x.numel():
         return None
-    even = not a.shape[0] % 2 and a.shape[0] <= cpu.MOST_RANK
-    masters = a.dtype == b.dtype == torch.float32 and a.is_contiguous() and b.is_contiguous()
-    if kernels.adapted_bf16 is None or not (even and masters):
+    found = cpu.serving(x)
+    return None if found is None or found.adapted_bf16 is None else found
+
+
+def layer_along(
+    kernels: Library, layer: nn.Module, x: Tensor, beside: Beside | None
+) -> Layer | None:
+    """The frozen layer with the adapter beside it; None where products do not take it along."""
+    if beside is not None and not _fits(beside):
         return None
     if isinstance(layer, QuantizedLinear):
         fits = layer.compute_dtype in (None, x.dtype)
         if fits and cpu.multiplies_bf16(kernels, x, layer.described):
-            return Along(kernels, layer.stored(x.dtype), layer.bias, beside)
-    elif type(layer) is nn.Linear and _plain(layer.weight):
-        return Along(kernels, cpu.dense(layer.weight), layer.bias, beside)
+            return Layer(layer.stored(x.dtype), _wide(layer.bias, x), beside)
+    elif type(layer) is nn.Linear and _plain(layer):
+        return Layer(cpu.dense(layer.weight), _wide(layer.bias, x), beside)
     return None
 
 
-def _plain(weight: Tensor) -> bool:
+def _fits(beside: Beside) -> bool:
+    a, b = beside.a, beside.b
+    even = not a.shape[0] % 2 and a.shape[0] <= MOST_RANK
+    return even and all(m.dtype == torch.float32 and m.is_contiguous() for m in (a, b))
+
+
+def _wide(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """A bias as products in x's type would add it."""
+    return None if bias is None else bias.detach().to(x.dtype).float()
+
+
+def _plain(layer: nn.Linear) -> bool:
     """Whether products of bf16 read a dense weight where it lies."""
+    weight = layer.weight
+    if weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+        return False
     here = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return here and not weight.requires_grad and weight.is_contiguous() and cpu.whole(weight.shape)
+    return here and weight.is_contiguous() and cpu.whole(weight.shape)

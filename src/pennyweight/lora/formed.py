@@ -2,8 +2,8 @@
 
 A norm's output is read by two or three adapted layers, whose backward wants it. Its input and one
 number a row are kept by the norm itself, and the output is elementwise work from there. Who makes
-such a tensor says so on the tensor (`forms`); who would keep it asks (`formed_from`) and keeps the
-parts in its place. Where the word is lost on the way, the tensor is kept as ever.
+such a tensor says so on the tensor (`forms`); who would keep it asks (`kept`) and keeps the parts in
+its place. Where the word is lost on the way, the tensor is kept as ever.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Formed", "Forming", "formed_from", "forms"]
+__all__ = ["Formed", "Forming", "Kept", "forms", "kept"]
 
 _WORD = "pennyweight_formed"
 
@@ -57,8 +57,25 @@ def forms(tensor: Tensor, first: Tensor, *rest: Tensor, by: Callable[..., Tensor
     return tensor
 
 
-def formed_from(tensor: Tensor) -> tuple[tuple[Tensor, ...], Forming] | None:
-    """Parts and forming of a tensor that can be formed again, if its maker said so."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """How a reader has its input again from the first `count` tensors that it saved."""
+
+    forming: Forming | None
+    count: int
+
+    def again(self, saved: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The input, and what else was saved."""
+        parts, rest = saved[: self.count], saved[self.count :]
+        return parts[0] if self.forming is None else self.forming.again(parts), rest
+
+
+def kept(tensor: Tensor) -> tuple[tuple[Tensor, ...], Kept]:
+    """What a reader saves of its input: what it can be formed from again if its maker said so, else
+    the tensor."""
     said: Formed | None = getattr(tensor, _WORD, None)
     parts = None if said is None else said.parts()
-    return None if said is None or parts is None else (parts, said.forming)
+    if said is None or parts is None:
+        return (tensor,), Kept(None, 1)
+    said.forming.readers += 1
+    return parts, Kept(said.forming, len(parts))

@@ -21,11 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pennyweight.lora.along import Along, along
-from pennyweight.lora.formed import formed_from
+from pennyweight.lora.along import Along, Beside, kernels_for, layer_along
+from pennyweight.lora.formed import kept
 from pennyweight.lora.stack import FactorStack
 from pennyweight.quant import QuantizedLinear
-from pennyweight.quant.kernels.cpu import Beside
 from pennyweight.route import Route
 
 __all__ = [
@@ -77,6 +76,12 @@ class Update:
     scaling: float
     dropout: float
     seed: int | None
+
+    def beside(self, x: Tensor) -> Beside | None:
+        """The factors, if they are for all rows of x and nothing is dropped."""
+        if self.stop - self.start < x.shape[-2] or (self.dropout and self.seed is not None):
+            return None
+        return Beside(self.a, self.b, self.scaling)
 
     def dropped(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The factors' input, and what it was multiplied with, if anything."""
@@ -258,22 +263,22 @@ class LoraLinear(AdaptedModule):
     ) -> tuple[Float[Tensor, "*rows d_out"], list[Float[Tensor, "_ _"]]]:
         """W0 x with every update added in place, and A x of each, which backward reads."""
         if (taken := self._along(x, updates)) is not None:
-            y, z = taken.product(x)
-            return y, [z]
-        kept = self.narrowed(x, updates)
+            (y,), narrow = taken.product(x)
+            return y, narrow
+        narrow = self.narrowed(x, updates)
         y = cast(Tensor, self.base_layer(x))
-        for update, z in zip(updates, kept, strict=True):
+        for update, z in zip(updates, narrow, strict=True):
             _rows(y, update, written=True).addmm_(z, update.b.to(x.dtype).T, alpha=update.scaling)
-        return y, kept
+        return y, narrow
 
     def _along(self, x: Tensor, updates: Sequence[Update]) -> Along | None:
         """Base and update in one, where there is one update for all of the rows and no dropout."""
-        if len(updates) != 1:
+        if len(updates) != 1 or (kernels := kernels_for(x)) is None:
             return None
-        (u,) = updates
-        if u.stop - u.start < x.shape[-2] or (u.dropout and u.seed is not None):
+        if (beside := updates[0].beside(x)) is None:
             return None
-        return along(self.base_layer, x, Beside(u.a, u.b, u.scaling))
+        one = layer_along(kernels, self.base_layer, x, beside)
+        return None if one is None else Along(kernels, (one,))
 
     def narrowed(
         self, x: Float[Tensor, "*rows d_in"], updates: Sequence[Update]
@@ -285,18 +290,17 @@ class LoraLinear(AdaptedModule):
         self,
         grad_y: Float[Tensor, "*rows d_out"],
         x: Float[Tensor, "*rows d_in"],
-        kept: Sequence[Float[Tensor, "_ _"]],
+        narrow: Sequence[Float[Tensor, "_ _"]],
         updates: Sequence[Update],
         *,
         of_x: bool,
     ) -> tuple[Float[Tensor, "*rows d_in"] | None, list[Tensor | None]]:
         """Gradient of x, if it is asked for, and of every update's A and B that is trained."""
         if (taken := self._along(grad_y, updates)) is not None:
-            grad_x, *of_both = taken.gradients(grad_y, x, kept[0], of_x=of_x)
-            return grad_x, of_both
+            return taken.gradients((grad_y,), x, narrow, of_x=of_x)
         grad_x = input_gradient(self.base_layer, grad_y) if of_x else None
         of_factors: list[Tensor | None] = []
-        for update, z in zip(updates, kept, strict=True):
+        for update, z in zip(updates, narrow, strict=True):
             dy, a, b = _rows(grad_y, update), update.a, update.b
             dz = dy @ (b.to(dy.dtype) * update.scaling)
             rows, mask = _rows(x, update), None
@@ -324,24 +328,18 @@ class _Adapted(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, layer: LoraLinear, updates: tuple[Update, ...], *masters: Tensor
     ) -> Tensor:
-        y, kept = layer.product(x, updates)
-        ctx.layer, ctx.updates, ctx.forming = layer, updates, None
-        parts: tuple[Tensor, ...] = (x,)
-        if (formed := formed_from(x)) is not None:
-            parts, ctx.forming = formed
-            ctx.forming.readers += 1
-        ctx.parts = len(parts)
-        ctx.save_for_backward(*parts, *kept)
+        y, narrow = layer.product(x, updates)
+        parts, ctx.kept = kept(x)
+        ctx.layer, ctx.updates = layer, updates
+        ctx.save_for_backward(*parts, *narrow)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        parts, kept = saved[: ctx.parts], saved[ctx.parts :]
-        x = parts[0] if ctx.forming is None else ctx.forming.again(parts)
+        x, narrow = ctx.kept.again(ctx.saved_tensors)
         grad_x, of_factors = ctx.layer.gradients(
-            grad_y, x, kept, ctx.updates, of_x=ctx.needs_input_grad[0]
+            grad_y, x, narrow, ctx.updates, of_x=ctx.needs_input_grad[0]
         )
         return grad_x, None, None, *of_factors
 

@@ -106,7 +106,8 @@ class QuantizedLinear(nn.Module):
 
     def stored(self, dtype: torch.dtype) -> cpu.Weight:
         """The value as the CPU's kernels read it, described again where its tensors have moved."""
-        stands = (dtype, *(self.get_buffer(name).data_ptr() for name in self._stored_names))
+        tensors = map(self._buffers.__getitem__, self._stored_names)
+        stands = (dtype, *(tensor.data_ptr() for tensor in tensors if tensor is not None))
         if self._read is None or self._read[0] != stands:
             self._read = stands, cpu.stored(self.value, dtype)
         return self._read[1]

@@ -2,8 +2,8 @@
 `rotation`, a launch each way where eager torch takes two to ten, with float32 inside.
 
 One serves where Triton works on the device and a first trial there agrees with torch as far as
-rounding allows; on a CPU the compiled library does the first two (`compiled`); everywhere else eager
-torch does the work. PENNYWEIGHT_KERNELS=off in the environment turns them off.
+rounding allows; on a CPU the compiled library does (`compiled`); everywhere else eager torch does the
+work. PENNYWEIGHT_KERNELS=off in the environment turns them off.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ __all__ = ["KERNELS", "serving", "why_eager"]
 KERNELS: Final = ("norm", "feed_forward", "rotation")
 # Where kernels run; in Triton's interpreter that is a CPU.
 DEVICE_TYPE = "cuda"
-_COMPILED: Final[dict[str, Any]] = {"norm": compiled.Norm, "feed_forward": compiled.FeedForward}
+_COMPILED: Final[dict[str, Any]] = {
+    "norm": compiled.Norm,
+    "feed_forward": compiled.FeedForward,
+    "rotation": compiled.Rotation,
+}
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serving(kernel: str, *tensors: Tensor) -> Any:
     """What has this kernel's functions, if it takes such tensors where they are; None for eager torch."""
     first = tensors[0]
-    # A graph under construction is made of torch's own operations.
-    if first.dtype not in _DTYPES or switched_off() or torch.compiler.is_compiling():
+    if first.dtype not in _DTYPES or not all(_alike(each, first) for each in tensors):
         return None
-    if not all(_alike(each, first) for each in tensors):
-        return None
-    if first.device.type != DEVICE_TYPE:
+    if first.device.type != DEVICE_TYPE:  # where the library itself knows when it must not serve
         here = _COMPILED.get(kernel) if first.device.type == "cpu" else None
         return None if here is None or not here.fits(*tensors) else here
+    # A graph under construction is made of torch's own operations.
+    if switched_off() or torch.compiler.is_compiling():
+        return None
     module = tried(f"{__name__}.{kernel}", first.device, first.dtype)
     return None if isinstance(module, str) or not module.fits(*tensors) else module
 

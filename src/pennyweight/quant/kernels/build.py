@@ -54,6 +54,7 @@ _EACH = (
     "elementwise.cpp",
     "product.cpp",
     "product_bf16.cpp",
+    "softmax.cpp",
 )
 
 

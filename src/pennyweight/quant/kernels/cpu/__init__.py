@@ -12,7 +12,6 @@ import ctypes
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -33,14 +32,11 @@ if TYPE_CHECKING:
     from pennyweight.quant.rowwise import Quantized8Bit
 
 __all__ = [
-    "MOST_RANK",
     "TYPES",
-    "Beside",
     "Weight",
-    "adapted",
-    "adapted_back",
     "agrees_with_torch",
     "dense",
+    "dense_product",
     "fill",
     "multiplies_bf16",
     "nest",
@@ -48,6 +44,7 @@ __all__ = [
     "quantize",
     "serving",
     "stored",
+    "threads_for",
     "whole",
     "why_none",
 ]
@@ -59,9 +56,8 @@ _STREAMED_BYTES: Final = 1 << 24
 # A thread is worth waking for so much work.
 _ELEMENTS_A_THREAD: Final = 1 << 17
 _PRODUCTS_A_THREAD: Final = 1 << 18
-# Of a product of bf16: rows and columns come in vectors of so many, and an adapter has a rank up to this.
+# Rows and columns of a weight in a product of bf16 come in vectors of so many.
 _WHOLE: Final = 32
-MOST_RANK: Final = 256
 
 
 class Weight(ctypes.Structure):
@@ -73,25 +69,6 @@ class Weight(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
         *((name, ctypes.c_int32) for name in ("block_shift", "group_shift", "group", "value_type")),
     )
-
-
-class _Adapter(ctypes.Structure):
-    """`Adapter` of cpu/product_bf16.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b")),
-        ("rank", ctypes.c_int64),
-        ("scaling", ctypes.c_float),
-    )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Beside:
-    """An adapter beside a weight: float32 masters a `[r, d_in]` and b `[d_out, r]`, contiguous."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
 
 
 def serving(tensor: Tensor) -> Library | None:
@@ -163,12 +140,12 @@ def product(
     added = None if bias is None else bias.detach().float().contiguous()
     assert added is None or not transposed
     at = None if added is None else added.data_ptr()
-    threads = _threads(flat.shape[0] * rows * columns, _PRODUCTS_A_THREAD)
+    threads = threads_for(flat.shape[0] * rows * columns)
     if multiplies_bf16(kernels, x, value):
         flat = flat.contiguous()
         y = torch.empty(shape, dtype=x.dtype)
         where = ctypes.addressof(weight), flat.data_ptr(), flat.shape[0], at
-        kernels.multiply_bf16(*where, None, transposed, y.data_ptr(), threads)
+        kernels.multiply_bf16(*where, transposed, y.data_ptr(), threads)
         return y
     flat = flat.float().contiguous()
     out = torch.empty((flat.shape[0], outputs), dtype=torch.float32)
@@ -194,83 +171,32 @@ def whole(shape: Sequence[int]) -> bool:
     return not any(size % _WHOLE for size in shape)
 
 
+def dense_product(
+    x: Tensor, weight: Tensor, *, transposed: bool, out: Tensor | None = None
+) -> Tensor | None:
+    """x W^T, or x W where `transposed`, of contiguous bf16 matrices; None where the processor's own
+    products of bf16 do not take them."""
+    kernels = serving(x)
+    if kernels is None or kernels.multiply_bf16 is None or x.dtype != torch.bfloat16:
+        return None
+    fits = weight.dtype == x.dtype and weight.is_contiguous() and x.is_contiguous()
+    if not fits or not x.numel() or not whole(weight.shape):
+        return None
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
+    assert out.is_contiguous()
+    read = dense(weight)  # held while it is read
+    where = ctypes.addressof(read), x.data_ptr(), x.shape[0], None
+    threads = threads_for(x.shape[0] * weight.numel())
+    kernels.multiply_bf16(*where, transposed, out.data_ptr(), threads)
+    return out
+
+
 def dense(weight: Tensor) -> Weight:
     """A contiguous bf16 weight as products of bf16 read it."""
     assert weight.dtype == torch.bfloat16
     assert weight.is_contiguous()
     return Weight(codes=weight.data_ptr(), rows=weight.shape[0], columns=weight.shape[1])
-
-
-def adapted(
-    kernels: Library, x: Tensor, weight: Weight, bias: Tensor | None, beside: Beside
-) -> tuple[Tensor, Tensor]:
-    """x W^T + bias + scaling x A^T B^T in one sum, and x A^T `[rows, r]`; where `multiplies_bf16`."""
-    rank, flat = beside.a.shape[0], x.reshape(-1, weight.columns)
-    z, y = flat.new_empty(flat.shape[0], rank), x.new_empty(*x.shape[:-1], weight.rows)
-    space, adapter = (_space(kernels, weight, flat.shape[0], rank), _adapter(beside, weight))
-    kernels.adapted_bf16(
-        ctypes.addressof(weight),
-        flat.data_ptr(),
-        flat.shape[0],
-        None if bias is None else bias.data_ptr(),
-        ctypes.addressof(adapter),
-        z.data_ptr(),
-        y.data_ptr(),
-        space.data_ptr(),
-        _threads(flat.shape[0] * weight.rows * weight.columns, _PRODUCTS_A_THREAD),
-    )
-    return y, z
-
-
-def adapted_back(
-    kernels: Library,
-    grad: Tensor,
-    weight: Weight,
-    beside: Beside,
-    kept: tuple[Tensor, Tensor],
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """From the gradient of `adapted` and its (x, x A^T): those of x, A and B that are wanted."""
-    x, z = kept[0].reshape(-1, weight.columns), kept[1]
-    flat, rank = grad.reshape(-1, weight.rows), beside.a.shape[0]
-    to_x = grad.new_empty(*grad.shape[:-1], weight.columns) if wanted[0] else None
-    to_a = torch.empty_like(beside.a) if wanted[1] else None
-    to_b = torch.empty_like(beside.b) if wanted[2] else None
-    space, adapter = (_space(kernels, weight, flat.shape[0], rank), _adapter(beside, weight))
-    dz = torch.empty_like(z)
-    kernels.adapted_back_bf16(
-        ctypes.addressof(weight),
-        flat.data_ptr(),
-        flat.shape[0],
-        x.data_ptr(),
-        z.data_ptr(),
-        ctypes.addressof(adapter),
-        dz.data_ptr(),
-        *(None if made is None else made.data_ptr() for made in (to_x, to_a, to_b)),
-        space.data_ptr(),
-        _threads(flat.shape[0] * weight.rows * weight.columns, _PRODUCTS_A_THREAD),
-    )
-    return to_x, to_a, to_b
-
-
-def _space(kernels: Library, weight: Weight, rows: int, rank: int) -> Tensor:
-    return torch.empty(
-        kernels.adapted_bytes(ctypes.addressof(weight), rows, rank), dtype=torch.uint8
-    )
-
-
-def _adapter(beside: Beside, weight: Weight) -> _Adapter:
-    """For the library, which reads its tensors; they must outlive the call."""
-    a, b = beside.a, beside.b
-    rank = a.shape[0]
-    assert tuple(a.shape) == (rank, weight.columns)
-    assert tuple(b.shape) == (weight.rows, rank)
-    assert a.dtype == b.dtype == torch.float32
-    assert a.is_contiguous()
-    assert b.is_contiguous()
-    assert rank % 2 == 0
-    assert rank <= MOST_RANK
-    return _Adapter(a.data_ptr(), b.data_ptr(), rank, beside.scaling)
 
 
 def agrees_with_torch(kernels: Library) -> bool:
@@ -353,6 +279,11 @@ def _address(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
 def _thresholds(kind: FourBit) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(thresholds(kind), dtype=torch.float32)
+
+
+def threads_for(products: int) -> int:
+    """How many threads are worth waking for so many products of two numbers."""
+    return _threads(products, _PRODUCTS_A_THREAD)
 
 
 def _threads(work: int, least_a_thread: int) -> int:

@@ -1,38 +1,16 @@
 // What stands between a decoder layer's products, each in one pass over memory: RMSNorm (Zhang &
-// Sennrich 2019, section 3) and the gate of SwiGLU (Shazeer 2020), with their gradients. Numbers are
-// stored in float32, bf16 or fp16; the arithmetic is float32.
+// Sennrich 2019, section 3), the gate of SwiGLU (Shazeer 2020) and rotary positions (Su et al. 2021,
+// section 3.2.2), with their gradients. Numbers are stored in float32, bf16 or fp16; the arithmetic is
+// float32.
 
 #include "exponential.h"
+#include "stored.h"
 #include "threads.h"
 
 namespace pennyweight {
 namespace {
 
 constexpr int64_t kPiece = 1 << 14;  // numbers of one piece of work
-
-// Numbers in memory, of a type that is the template's; past the last whole vector one by one.
-template <Type type>
-INLINE V load(const void *from, int64_t at) {
-    if constexpr (type == Type::float32)
-        return Lanes::load(static_cast<const float *>(from) + at);
-    else
-        return Lanes::load(static_cast<const uint16_t *>(from) + at, type);
-}
-
-template <Type type>
-INLINE void store(void *to, int64_t at, V v) {
-    if constexpr (type == Type::float32)
-        Lanes::store(static_cast<float *>(to) + at, v);
-    else
-        Lanes::store(static_cast<uint16_t *>(to) + at, Lanes::rounded(v, type), type);
-}
-
-INLINE float sum_of(V v) {
-    float lanes[width], sum = 0.0f;
-    Lanes::store(lanes, v);
-    for (int i = 0; i < width; ++i) sum += lanes[i];
-    return sum;
-}
 
 struct Norm {
     const void *x, *grad;  // grad: null in the forward pass
@@ -125,15 +103,47 @@ void gate(void *given, int64_t piece) {
     for (int64_t at = piece * kPiece; at < stop; at += width) gate_vector<type>(g, at);
 }
 
+// Heads of tokens, by strides; each head in one piece.
+struct Heads {
+    const void *from;
+    void *to;
+    int64_t count, from_head, from_token, to_head, to_token;
+};
+
+struct Rotation {
+    Heads of[2];  // queries and keys
+    const void *cos, *sin;  // [tokens, width]
+    int64_t tokens, width;
+    bool back;
+};
+
+// The halves of each head turned by the token's angles: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2; or back.
+template <Type type>
+void rotate(void *given, int64_t token) {
+    const Rotation &r = *static_cast<const Rotation *>(given);
+    const int64_t half = r.width / 2, angle = token * r.width;
+    for (const Heads &h : r.of)
+        for (int64_t i = 0; i < h.count; ++i) {
+            const int64_t from = i * h.from_head + token * h.from_token;
+            const int64_t to = i * h.to_head + token * h.to_token;
+            for (int64_t k = 0; k < half; k += width) {
+                const V x1 = load<type>(h.from, from + k), x2 = load<type>(h.from, from + half + k);
+                const V c1 = load<type>(r.cos, angle + k), c2 = load<type>(r.cos, angle + half + k);
+                V s1 = load<type>(r.sin, angle + k), s2 = load<type>(r.sin, angle + half + k);
+                if (r.back) {
+                    const V turned = s1;
+                    s1 = Lanes::zero() - s2, s2 = Lanes::zero() - turned;
+                }
+                store<type>(h.to, to + k, x1 * c1 - x2 * s1);
+                store<type>(h.to, to + half + k, x2 * c2 + x1 * s2);
+            }
+        }
+}
+
 }  // namespace
 }  // namespace pennyweight
 
 using namespace pennyweight;
-
-#define OF_TYPE(name, type)                                                  \
-    (type == Type::float32    ? name<Type::float32>                          \
-     : type == Type::bfloat16 ? name<Type::bfloat16>                         \
-                              : name<Type::float16>)
 
 // Columns, and the count of numbers in a gate, are multiples of 16.
 EXPORTED(void, norm)(const Norm *given, Type type, int32_t threads) {
@@ -144,4 +154,9 @@ EXPORTED(void, norm)(const Norm *given, Type type, int32_t threads) {
 
 EXPORTED(void, gate)(const Gate *given, Type type, int32_t threads) {
     share_out((given->count + kPiece - 1) / kPiece, threads, OF_TYPE(gate, type), const_cast<Gate *>(given));
+}
+
+// Halves of a head are multiples of 16 wide; what is written may be what is read.
+EXPORTED(void, rotate)(const Rotation *given, Type type, int32_t threads) {
+    share_out(given->tokens, threads, OF_TYPE(rotate, type), const_cast<Rotation *>(given));
 }

@@ -18,7 +18,7 @@ __all__ = ["SWITCH", "Library", "chosen", "why_none"]
 SWITCH: Final = "PENNYWEIGHT_KERNELS"
 _BF16: Final = (
     *("attend_bf16", "attend_back_bf16", "multiply_bf16"),
-    *("adapted_bytes", "adapted_bf16", "adapted_back_bf16"),
+    *("adapted_bf16", "adapted_back_bf16"),
 )
 _MEND: Final = "python -m pennyweight.quant.kernels"
 
@@ -37,11 +37,12 @@ class Library:
     attend_back: Any
     norm: Any
     gate: Any
+    rotate: Any
+    softmax: Any
     # None where the processor has no products of bf16.
     attend_bf16: Any
     attend_back_bf16: Any
     multiply_bf16: Any
-    adapted_bytes: Any
     adapted_bf16: Any
     adapted_back_bf16: Any
 
@@ -98,18 +99,18 @@ def _variant(loaded: ctypes.CDLL, name: str) -> Library:
         "attend_back_bf16": (p, i32),
         "norm": (p, i32, i32),
         "gate": (p, i32, i32),
-        "multiply_bf16": (p, p, i64, p, p, ctypes.c_bool, p, i32),
-        "adapted_bytes": (p, i64, i64),
-        "adapted_bf16": (p, p, i64, p, p, p, p, p, i32),
-        "adapted_back_bf16": (p, p, i64, p, p, p, p, p, p, p, p, i32),
+        "rotate": (p, i32, i32),
+        "softmax": (p, i32, i32),
+        "multiply_bf16": (p, p, i64, p, ctypes.c_bool, p, i32),
+        "adapted_bf16": (p, i64, p, i64, i32),
+        "adapted_back_bf16": (p, i64, p, i64, p, i32),
     }
     functions: dict[str, Any] = {}
     for function, arguments in takes.items():
         found = getattr(loaded, f"pennyweight_{name}_{function}", None)
         assert found is not None or function in _BF16, function
         if found is not None:
-            gives = i64 if function == "adapted_bytes" else None
-            found.argtypes, found.restype = arguments, gives
+            found.argtypes, found.restype = arguments, None
         functions[function] = found
     return Library(name, **functions)
 
