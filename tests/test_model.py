@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from pennyweight.config import BaseConfig
 from pennyweight.errors import ModelError
 from pennyweight.model import BaseModel, fingerprint, load_base
+from pennyweight.model.resident import _hidden_of, check_head
 from pennyweight.quant import QuantizedLinear, dequantize_4bit, quantize_4bit
 from tests.conftest import FAMILIES
 
@@ -58,6 +60,28 @@ def test_quantized_logits_are_those_of_the_dequantized_weights(tiny_model_folder
 
     ours = logits(load_base(BaseConfig(model=str(folder), quantization="nf4", device="cpu")))
     torch.testing.assert_close(ours, theirs(folder, requantize), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_is_checked_in_one_pass(tiny_model_folder, family):
+    base = load_base(BaseConfig(model=str(tiny_model_folder(family)), device="cpu"))
+    passes = []
+    base.module.base_model.register_forward_hook(lambda *_: passes.append(1))
+    check_head(base)
+    assert len(passes) == (2 if family == "gpt2" else 1)  # GPT-2's forward asks for more
+
+
+@pytest.mark.parametrize("more", [{"inputs_embeds": 1}, {"use_cache": True}, {"scale": 2}])
+def test_a_pass_that_was_asked_for_more_proves_nothing(more):
+    ids, positions = torch.arange(4)[None], torch.arange(4)[None]
+    given = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    out = SimpleNamespace(last_hidden_state=torch.zeros(1, 4, 2))
+    seen = {**given, "attention_mask": None}
+    assert _hidden_of([((), seen, out)], given) is not None
+    assert _hidden_of([((), seen | more, out)], given) is None
+    assert _hidden_of([((), seen | {"input_ids": ids.clone()}, out)], given) is None
+    assert _hidden_of([((), seen, out)] * 2, given) is None
+    assert _hidden_of([((ids,), seen, out)], given) is None
 
 
 def test_every_linear_layer_but_the_head_is_held_quantized(tiny_llama_folder):
