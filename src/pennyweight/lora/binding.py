@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from pennyweight.config import LoraConfig
 from pennyweight.errors import AdapterError
 from pennyweight.lora.adapter import Adapter
+from pennyweight.lora.copied import CopiedWeight, TrainedCopy
 from pennyweight.lora.fit import Resident, check_fit, head_path, plain, shape_of
 from pennyweight.lora.layer import (
     AdaptedModule,
-    CopiedWeight,
     LoraFactors,
     LoraLinear,
-    TrainedCopy,
     stable_seed,
 )
 from pennyweight.lora.targets import linear_modules, rank_of, target_names, targets

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pennyweight.errors import AdapterError
 from pennyweight.lora.adapter import Adapter
-from pennyweight.lora.layer import AdaptedModule, LoraLinear, TrainedCopy, linear_shape
+from pennyweight.lora.copied import TrainedCopy
+from pennyweight.lora.layer import AdaptedModule, LoraLinear, linear_shape
 from pennyweight.lora.peft_layout import targeted
 from pennyweight.lora.targets import linear_modules, targets
 from pennyweight.route import Route
