@@ -267,6 +267,8 @@ def test_rows_are_seen_before_anything_starts(service: Any, page: Any) -> None:
     answer = looked(page, content, r="2", hold_out="yes", suffix="reds")
     assert answer.status_code == 200, answer.text
     assert "It fits." in answer.text
+    assert "rows.jsonl: 20 rows" in answer.text
+    assert "files/file-" not in answer.text  # where the server keeps them
     assert '<mark class="trained">&lt;b&gt;red&lt;/b&gt; 0' in answer.text
     assert "<html" not in answer.text
     assert service.store.count(JobRecord, {}) == 0
@@ -284,6 +286,8 @@ def test_rows_are_seen_before_anything_starts(service: Any, page: Any) -> None:
         {"r": 2},
         {"max_steps": 2},
     )
+    # The look and the job hold out the same rows, whatever the job's seed.
+    assert made.asked["data"] == {"eval_fraction": 0.1, "split_seed": 0}
     assert page.post(f"/jobs/{made.id}/cancel", follow_redirects=False).status_code == 303
     assert service.store.get(JobRecord, made.id).status == "cancelled"
 

@@ -41,7 +41,10 @@ OPEN = {
         "save_steps",
         "early_stopping_patience",
     ],
-    "data": ["max_length", "overlong", "packing", "train_on", "system", "eval_fraction", *LIMITS],
+    "data": [
+        *("max_length", "overlong", "packing", "train_on", "system", "eval_fraction", "split_seed"),
+        *LIMITS,
+    ],
 }
 _MODELS: dict[str, type[BaseModel]] = {"lora": LoraConfig, "train": TrainConfig, "data": DataConfig}
 

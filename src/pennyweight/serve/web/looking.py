@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pennyweight.config import RunConfig, public
+from pennyweight.config import RunConfig, named_paths, public
 from pennyweight.data.prepare import Prepared
 from pennyweight.data.preview import Shown
 from pennyweight.errors import MemoryExhausted, PennyweightError
@@ -44,7 +44,7 @@ def look(service: Service, owner: str, asked: CreateJob) -> Look:
         run = service.jobs.draft(owner, asked)
         seen = look_at_rows(run, ROWS_SHOWN)
         if seen.refusal:
-            return Look(_shortened(seen.refusal), _shortened(seen.lines), seen.shown)
+            return Look(_shortened(seen.refusal, run), _shortened(seen.lines, run), seen.shown)
         data = prepared(run)
         predicted = service.memory.planned(run, data)
         why = _too_large(service, run, data)
@@ -54,7 +54,7 @@ def look(service: Service, owner: str, asked: CreateJob) -> Look:
         if not isinstance(fault, ValueError):  # the server's own trouble, not the rows'
             raise
         return Look(_shortened(str(fault).splitlines()))
-    return Look((), _shortened(seen.lines), seen.shown, _told(predicted, why), why is None)
+    return Look((), _shortened(seen.lines, run), seen.shown, _told(predicted, why), why is None)
 
 
 def _too_large(service: Service, run: RunConfig, data: Prepared) -> str | None:
@@ -66,9 +66,10 @@ def _too_large(service: Service, run: RunConfig, data: Prepared) -> str | None:
     return None
 
 
-def _shortened(lines: Iterable[str]) -> tuple[str, ...]:
+def _shortened(lines: Iterable[str], run: RunConfig | None = None) -> tuple[str, ...]:
     """The first lines, fit for anybody's eyes: names of files, not where the server keeps them."""
-    told = [str(public(line))[:LONGEST_LINE] for line in lines]
+    known = None if run is None else named_paths(run)
+    told = [str(public(line, known))[:LONGEST_LINE] for line in lines]
     more = len(told) - MOST_LINES
     return (*told[:MOST_LINES], *([f"and {more:,} more"] if more > 0 else []))
 

@@ -33,7 +33,7 @@ _HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 _LABELS = {
     "n_epochs": "Passes over the rows",
     "batch_size": "Rows in a step",
-    "learning_rate_multiplier": "Learning rate",
+    "learning_rate_multiplier": "Learning rate multiplier",
     "r": "Rank",
     "max_steps": "At most so many steps",
     "seed": "Seed",
@@ -156,6 +156,11 @@ def _example_rows() -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
+def _held_out() -> dict[str, Any]:
+    """The same rows in the look as in the job, and in each job on a file: its adapters compare."""
+    return {"eval_fraction": HELD_OUT, "split_seed": 0}
+
+
 def _asked(service: Service, form: FormData, file: FileRecord) -> CreateJob:
     """The form as the API's own request; what is empty is left to the server. Refused (400)."""
     given = _texts(form)
@@ -166,7 +171,7 @@ def _asked(service: Service, form: FormData, file: FileRecord) -> CreateJob:
         "hyperparameters": {key: _number(key, text) for key, text in hyper.items()},
         "suffix": given.get("suffix") or None,
         "seed": _number("seed", given["seed"]) if given.get("seed") else None,
-        "data": {"eval_fraction": HELD_OUT if given.get("hold_out") else 0.0},
+        "data": _held_out() if given.get("hold_out") else {"eval_fraction": 0.0},
     }
     for group, key in (("lora", "r"), ("train", "max_steps")):
         if given.get(key):

@@ -25,7 +25,7 @@ _SAID = {
 _SETTINGS = {
     "n_epochs": "Passes",
     "batch_size": "Rows in a step",
-    "learning_rate_multiplier": "Learning rate, times",
+    "learning_rate_multiplier": "Learning rate multiplier",
     "learning_rate": "Learning rate",
     "max_steps": "Most steps",
     "r": "Rank",
