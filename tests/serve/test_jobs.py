@@ -161,7 +161,7 @@ def test_paused_resumed_and_interrupted_by_the_servers_end_it_ends_with_the_same
     until(client, job, "running")
     wait(lambda: steps_of(client, job))
     assert client.post(f"/v1/fine_tuning/jobs/{job['id']}/pause").json()["status"] == "paused"
-    wait(lambda: not service.jobs._lanes)
+    wait(lambda: not service.foreman._lanes)
     made = steps_of(client, job)
     time.sleep(0.1)
     assert steps_of(client, job) == made
@@ -191,7 +191,7 @@ def test_a_cancelled_job_pays_for_its_steps_and_takes_no_more(
     until(client, job, "running")
     wait(lambda: len(steps_of(client, job)) >= 3)
     assert client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel").json()["status"] == "cancelled"
-    wait(lambda: not service.jobs._lanes)
+    wait(lambda: not service.foreman._lanes)
     made = steps_of(client, job)
     total = client.get(f"/v1/usage?job={job['id']}").json()["total"]
     told = [e["data"]["tokens"] for e in events_of(client, job) if "train_loss" in e["data"]]

@@ -12,7 +12,7 @@ from pennyweight.model import BaseModel
 from pennyweight.serve.catalogue import Catalogue
 from pennyweight.serve.engine import Engine
 from pennyweight.serve.guard import PageRefusal
-from pennyweight.serve.jobs import Foreman
+from pennyweight.serve.jobs import Foreman, Orders
 from pennyweight.serve.keys import Keys
 from pennyweight.serve.memory import Memory
 from pennyweight.serve.questions import Questions
@@ -51,8 +51,15 @@ class Service:
         self.questions = Questions(
             base, self.versions, self.engine, store, settings.chat, self.clerk
         )
-        self.jobs = Foreman(
+        self.foreman = Foreman(
             settings, store, self.uploads, self.versions, self.engine, base, self.memory, self.clerk
+        )
+        self.jobs = Orders(
+            settings,
+            store,
+            self.uploads,
+            max_positions=base.max_positions,
+            nudge=self.foreman.nudge,
         )
         self.draining = False
         self.pages: list[Any] = []
@@ -67,18 +74,18 @@ class Service:
             self.notes += self.catalogue.read_folder(Path(self.settings.adapters).expanduser())
         self.versions.sweep(self.store.versions_in_use())
         self.engine.start()
-        self.jobs.start()
+        self.foreman.start()
 
     def drain(self) -> None:
         """Begin to end: jobs save themselves, and nothing new is taken up."""
         self.draining = True
-        self.jobs.drain()
+        self.foreman.drain()
 
     def end(self, timeout_s: float) -> bool:
         """Stop for good; whether everything came to its end in time."""
         self.drain()
         ended = self.engine.end(timeout_s)
-        self.jobs.end()
+        self.foreman.end()
         self.clerk.shutdown(wait=True)
         self.store.close()
         return ended

@@ -2,5 +2,6 @@
 
 from pennyweight.serve.jobs.asked import CreateJob
 from pennyweight.serve.jobs.foreman import Foreman
+from pennyweight.serve.jobs.orders import Orders
 
-__all__ = ["CreateJob", "Foreman"]
+__all__ = ["CreateJob", "Foreman", "Orders"]
