@@ -15,7 +15,7 @@ from pennyweight.config import variants
 from pennyweight.errors import ConfigError, Interrupted
 from pennyweight.finetune import finetune
 from pennyweight.report import Report
-from pennyweight.sweep import sizes, sweep
+from pennyweight.sweep import WORTH_SHARING, sizes, sweep
 from tests.test_finetune import description, log, rows  # noqa: F401 - fixtures
 
 
@@ -83,6 +83,13 @@ def test_fast_is_within_rounding_of_alone(many):
         assert one.loss_after == pytest.approx(other.loss_after, rel=1e-4)
 
 
+def test_micro_batches_too_large_to_be_worth_sharing_go_one_by_one(many):
+    config = many(grid=GRID, mode="fast", train={"batch_size": WORTH_SHARING["cpu"]})
+    said = sizes(variants(config), shared=True)
+    assert said.pass_tokens == said.plan.micro_batch_tokens > WORTH_SHARING["cpu"] / 2
+    assert said.pass_bytes == 0
+
+
 def test_losers_are_stopped_saved_and_stay_so(many):
     config = many(
         train={"eval_steps": 1, "save_steps": 1},
@@ -125,7 +132,7 @@ def test_memory_counts_the_base_once(many):
     others = 16 * sum(sizes({n: runs[n]}).plan.trained_parameters for n in ("r-2", "r-4"))
     assert all_of_them.peak_bytes - alone.peak_bytes == others
     shared = sizes(runs, shared=True)
-    assert shared.pass_tokens > alone.pass_tokens
+    assert alone.pass_tokens < shared.pass_tokens <= WORTH_SHARING["cpu"]
     assert shared.peak_bytes == all_of_them.peak_bytes + shared.pass_bytes > all_of_them.peak_bytes
     told = all_of_them.to_dict()
     assert [each["name"] for each in told["adapters"]] == ["r-2", "r-4", "r-8"]

@@ -11,7 +11,12 @@ from pennyweight.config import RunConfig
 from pennyweight.plan import DataSize, Plan, as_size, batch_peaks, plan
 from pennyweight.plan.table import as_duration, disk_of, memory_of, wanting_of
 
-__all__ = ["Sizes", "sizes"]
+__all__ = ["WORTH_SHARING", "Sizes", "sizes"]
+
+# Tokens up to which a shared pass takes less time than passes apart. On a CPU measured
+# (benchmarks/results/many_adapters.md): beyond, it only takes more memory. Elsewhere assumed.
+WORTH_SHARING = {"cpu": 1024}
+_WORTH_SHARING_ELSEWHERE = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +135,16 @@ class Sizes:
 
 
 def sizes(runs: Mapping[str, RunConfig], *, shared: bool = False, **options: Any) -> Sizes:
-    """Of all runs over one base; `shared` passes take together what fits. `options` as for `plan`."""
+    """Of all runs over one base; `shared` passes take together what fits and is worth sharing.
+    `options` as for `plan`."""
     plans = {name: plan(config, **options) for name, config in runs.items()}
     largest = max(plans, key=lambda name: plans[name].counted_peak_bytes)
     standing = sum(said.standing_bytes for name, said in plans.items() if name != largest)
     most = plans[largest]
     tokens, more = most.micro_batch_tokens, 0
     if shared:
-        together = sum(said.micro_batch_tokens for said in plans.values())
+        worth = WORTH_SHARING.get(most.device.kind, _WORTH_SHARING_ELSEWHERE)
+        together = min(worth, sum(said.micro_batch_tokens for said in plans.values()))
         while together > tokens:
             size = DataSize(rows=together, tokens=together, longest=most.longest_row)
             wide = _holding(runs[largest], together)
@@ -146,7 +153,7 @@ def sizes(runs: Mapping[str, RunConfig], *, shared: bool = False, **options: Any
                 more = max(0, peak - most.peak_bytes)
                 break
             together = max(tokens, together * 3 // 4)
-        tokens = together
+        tokens = max(tokens, together)
     return Sizes(plans, largest, standing, tokens, more)
 
 
