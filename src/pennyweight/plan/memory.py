@@ -37,6 +37,8 @@ MIB = 2**20
 CHUNK_BYTES = {"cpu": 64 * MIB}
 CHUNK_BYTES_DEVICE = 512 * MIB
 CHUNK_BYTES_SPARING = 128 * MIB
+CHUNK_BYTES_CACHED = 4 * MIB
+LEAST_CACHED_ROWS = 256
 # A page of optimizer state; the same as in `pennyweight.optim`.
 PAGE_BYTES = 32 * MIB
 # Freed blocks that glibc 2.36 holds at the peak where it was left as it is, as a share of what a
@@ -44,6 +46,9 @@ PAGE_BYTES = 32 * MIB
 _UNTUNED = 0.8
 _UNTUNED_RECOMPUTING = 0.75
 _UNTUNED_IN_FULL = 0.3
+# Under its tunables: rows of hidden width that a layer leaves, 2 to 8 by shape and by chance.
+_LEFT_BY_A_LAYER = 5.5
+_LEFT_RECOMPUTING = 7
 # glibc maps larger blocks for themselves, and gives them back.
 _LARGEST_KEPT = 32 * MIB
 # Resident beside all tensors: interpreter, torch, transformers, threads (440 to 520 MiB on Linux,
@@ -193,8 +198,8 @@ def _optimizer(setting: Setting) -> Part:
 def _loss_bytes(setting: Setting, policy: Recompute) -> int:
     """One chunk of float32 logits and the gradient of the hidden rows.
 
-    In 16 bits a product or error of that size stands beside it. Where layer inputs are offloaded
-    memory is dear, and chunks are smaller.
+    In 16 bits a product or error of that size stands beside it on a card; on a CPU its kernel
+    needs neither. Where layer inputs are offloaded memory is dear, and chunks are smaller.
     """
     shapes, tokens = setting.shapes, setting.micro_tokens
     limit = CHUNK_BYTES.get(setting.device.kind, CHUNK_BYTES_DEVICE)
@@ -202,6 +207,10 @@ def _loss_bytes(setting: Setting, policy: Recompute) -> int:
         limit = min(limit, CHUNK_BYTES_SPARING)
     chunk = max(16, limit // (4 * shapes.vocab))
     each = 4 if setting.product_bytes == 4 else 6
+    if setting.device.kind == "cpu" and each == 6 and not setting.full and not shapes.softcap:
+        # the kernel takes the error in place, a few rows at a time (not where logits are capped)
+        chunk = min(chunk, max(LEAST_CACHED_ROWS, CHUNK_BYTES_CACHED // (2 * shapes.vocab)))
+        each = 2
     logits = min(chunk, tokens) * shapes.vocab * each
     return logits + tokens * shapes.hidden * setting.product_bytes
 
@@ -209,20 +218,24 @@ def _loss_bytes(setting: Setting, policy: Recompute) -> int:
 def _allocator(setting: Setting, policy: Recompute) -> tuple[Part, ...]:
     """Freed blocks that glibc keeps on a CPU.
 
-    Under `allocator.TUNABLES` what is freed grows together and is used again, but for one thing:
-    each layer that is recomputed leaves its adapters' gradients where its blocks lay, and the
-    next one's widest block no longer fits there. Else it is much more, and differs from run to run.
+    Under `allocator.TUNABLES` most of what is freed grows together and is used again, but beside
+    what a layer keeps lie blocks it has used, which small objects cut too short for the next
+    layer's. Untuned it is much more, and differs more from run to run.
     """
-    block = setting.micro_tokens * setting.shapes.intermediate * setting.product_bytes
+    shapes, row = setting.shapes, setting.micro_tokens * setting.product_bytes
     given_back = "MALLOC_MMAP_THRESHOLD_" in os.environ or not glibc()
-    if setting.device.kind != "cpu" or given_back or block >= _LARGEST_KEPT:
+    if setting.device.kind != "cpu" or given_back:
         return ()
     if tuned():
-        layers = 0 if policy == "none" or setting.full else setting.recomputed_layers
-        if not layers:
+        if setting.full or row * shapes.hidden >= _LARGEST_KEPT:
             return ()
-        note = "freed blocks between the gradients of recomputed layers"
-        return (Part("allocator", layers * block, note, ("backward",), False),)
+        again = policy != "none"
+        rows = _LEFT_RECOMPUTING if again else _LEFT_BY_A_LAYER
+        size = math.ceil(rows * shapes.layers * row * shapes.hidden)
+        moments: tuple[Moment, ...] = ("backward",) if again else PASS
+        return (Part("allocator", size, "freed blocks beside what layers keep", moments, False),)
+    if row * shapes.intermediate >= _LARGEST_KEPT:
+        return ()
     share = _UNTUNED if policy == "none" else _UNTUNED_RECOMPUTING
     if setting.full:
         share = _UNTUNED_IN_FULL
