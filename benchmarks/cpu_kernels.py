@@ -7,7 +7,8 @@ fastest and the slowest. Values and gradients are held together first: without p
 written. Beside each row stands its floor, measured in the same minute: what filling memory, reading
 it, or torch's products of the dense weight in the same type took. Beside each goal stands what that
 floor allows, the peer's time over the floor's: where the goal is higher, no program that multiplies
-at torch's rate could reach it. `--quick` is a trial with a small matrix.
+at torch's rate could reach it. Products of bf16 are left out where the processor has none: torch and
+the peer take seconds for each there. `--quick` is a trial with a small matrix.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 
 from benchmarks.in_turn import median, spread, turns
 from benchmarks.machine import circumstances, in_words
+from benchmarks.steps.cases import multiplies_bf16
 from pennyweight.quant import Quantized4Bit, QuantizedLinear, dequantize_4bit, quantize_4bit
 from pennyweight.quant.kernels.cpu.library import chosen, why_none
 
@@ -75,7 +77,8 @@ def rows(*, quick: bool = False) -> Iterator[Row]:
         _refuse_other_values(ours, codes, state)
         yield from _storage(weight, ours, codes, state, rounds)
         for dtype in SHORT:
-            yield from _linear(weight.to(dtype), rounds)
+            if dtype == torch.float32 or multiplies_bf16():
+                yield from _linear(weight.to(dtype), rounds)
 
 
 def _storage(
@@ -237,6 +240,11 @@ def page(found: Sequence[Row], facts: dict[str, object]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     serving = chosen()
+    if not multiplies_bf16():
+        lines += [
+            "",
+            "Products of bf16 are left out: this processor has none, and float32 computes.",
+        ]
     lines += [
         "",
         f"Kernels: {serving.variant if serving else why_none()}. `python -m benchmarks.cpu_kernels`, "

@@ -43,12 +43,12 @@ INLINE void quantize_block(const Quantize &q, const Lanes::Ranks &ranks, int64_t
     q.scales[start / q.block] = peak;
     const auto factor = Lanes::all(1.0f / (peak > kSmallestScale ? peak : kSmallestScale));
     for (int64_t i = 0; i < q.block; i += 32) {
-        Lanes::I codes[32 / width];
+        Lanes::I found[32 / width];
         for (int j = 0; j < 32 / width; ++j) {
             const auto value = loaded<type>(q.weight, start + i + j * width);
-            codes[j] = Lanes::code(Lanes::times(value, factor), ranks);
+            found[j] = Lanes::rank(Lanes::times(value, factor), ranks);
         }
-        Lanes::pack(q.codes + (start + i) / 2, codes);
+        Lanes::pack(q.codes + (start + i) / 2, found, ranks);
     }
 }
 
@@ -95,41 +95,79 @@ struct Dequantize {
 };
 
 template <bool stream>
-void fill_piece(const Weight &w, void *out, int64_t start, int64_t count) {
-    constexpr int width = Lanes::width;
-    const int64_t whole = count / width;
-    if (w.value_type == Type::float32) {
-        float *to = static_cast<float *>(out) + start;
-        each_vector<Type::float32>(w, start, count, [&](int64_t j, Lanes::V v) __attribute__((always_inline)) {
-            if (j >= whole)
-                for (int64_t i = j * width; i < count; ++i) to[i] = value_at(w, start + i);
-            else if (stream)
-                Lanes::stream(to + j * width, v);
-            else
-                Lanes::store(to + j * width, v);
-        });
-    } else {
-        uint16_t *to = static_cast<uint16_t *>(out) + start;
-        const Type type = w.value_type;
-        each_vector(w, start, count, [&](int64_t j, Lanes::V v) __attribute__((always_inline)) {
-            if (j >= whole)
-                for (int64_t i = j * width; i < count; ++i) {
-                    const float value = value_at(w, start + i);
-                    to[i] = type == Type::float16 ? to_float16(value) : to_bfloat16(value);
-                }
-            else if (stream)
-                Lanes::stream(to + j * width, v, type);
-            else
-                Lanes::store(to + j * width, v, type);
-        });
+INLINE void write(float *to, const Lanes::Scaled &table, const uint8_t *codes) {
+    Lanes::V values[kLookedUp];
+    Lanes::look_up(values, table, codes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kLookedUp; ++i)
+        if (stream)
+            Lanes::stream(to + i * width, values[i]);
+        else
+            Lanes::store(to + i * width, values[i]);
+}
+
+template <bool stream>
+INLINE void write(uint16_t *to, const Lanes::Halves &table, const uint8_t *codes) {
+    Lanes::write<stream>(to, table, codes);
+}
+
+INLINE void write_one(float *to, float value, Type) { *to = value; }
+
+INLINE void write_one(uint16_t *to, float value, Type type) {
+    *to = type == Type::float16 ? to_float16(value) : to_bfloat16(value);
+}
+
+// Elements start..start+count in 4 bits; they begin with a block. `w` is a copy, so that no store to
+// `out` can be one to it.
+template <bool stream, class T>
+INLINE void fill_blocks(const Weight w, T *out, int64_t start, int64_t count) {
+    const int64_t block = int64_t{1} << w.block_shift;
+    const auto levels = Lanes::levels(w.levels);
+    for (int64_t at = start; at < start + count; at += block) {
+        const int64_t stop = least(at + block, start + count);
+        const auto *codes = static_cast<const uint8_t *>(w.codes);
+        const float scale = block_scale(w, at >> w.block_shift);
+        int64_t i = at;
+        if constexpr (sizeof(T) == 4) {
+            const auto table = Lanes::scaled(levels, scale, Type::float32);
+            for (; i + 32 <= stop; i += 32) write<stream>(out + i, table, codes + i / 2);
+        } else {
+            const auto table = Lanes::halves(levels, scale, w.value_type);
+            for (; i + 32 <= stop; i += 32) write<stream>(out + i, table, codes + i / 2);
+        }
+        for (; i < stop; ++i) write_one(out + i, value_at(w, i), w.value_type);
     }
+}
+
+// Elements of one row in 8 bits.
+template <bool stream, class T>
+INLINE void fill_row(const Weight &w, T *out, int64_t start, int64_t count) {
+    const int64_t whole = count / width;
+    each_vector(w, start, count, [&](int64_t j, Lanes::V v) __attribute__((always_inline)) {
+        T *to = out + start + j * width;
+        if (j >= whole)
+            for (int64_t i = j * width; i < count; ++i) write_one(out + start + i, value_at(w, start + i), w.value_type);
+        else if constexpr (sizeof(T) == 4)
+            stream ? Lanes::stream(to, v) : Lanes::store(to, v);
+        else
+            stream ? Lanes::stream(to, v, w.value_type) : Lanes::store(to, v, w.value_type);
+    });
+}
+
+template <bool stream, class T>
+void fill_piece(const Weight &w, void *out, int64_t start, int64_t count) {
+    if (w.levels)
+        fill_blocks<stream>(w, static_cast<T *>(out), start, count);
+    else
+        fill_row<stream>(w, static_cast<T *>(out), start, count);
     if (stream) Lanes::flush();
 }
 
+template <class T>
 void fill(void *given, int64_t piece) {
     const Dequantize &d = *static_cast<const Dequantize *>(given);
     const Weight &w = *d.weight;
-    const auto write = d.stream ? fill_piece<true> : fill_piece<false>;
+    const auto write = d.stream ? fill_piece<true, T> : fill_piece<false, T>;
     if (!w.levels) return write(w, d.out, piece * w.columns, w.columns);
     const int64_t count = w.rows * w.columns, start = piece * kPiece;
     write(w, d.out, start, count - start < kPiece ? count - start : kPiece);
@@ -182,5 +220,6 @@ EXPORTED(void, dequantize)(const Weight *weight, void *out, bool stream, int32_t
     const Dequantize d{weight, out, stream && reinterpret_cast<uintptr_t>(out) % 64 == 0};
     const int64_t count = weight->rows * weight->columns;
     const int64_t pieces = weight->levels ? (count + kPiece - 1) / kPiece : weight->rows;
-    share_out(pieces, threads, fill, const_cast<Dequantize *>(&d));
+    const auto piece = weight->value_type == Type::float32 ? fill<float> : fill<uint16_t>;
+    share_out(pieces, threads, piece, const_cast<Dequantize *>(&d));
 }

@@ -122,7 +122,7 @@ void direct_kernel(const Weight &w, const int64_t *outputs, int64_t k, int64_t d
     for (int m = 0; m < rows; ++m)
         for (int n = 0; n < kQuad; ++n) sum[m][n] = Lanes::zero();
     for (int64_t j = 0; j < depth / width; j += run) {
-        Lanes::Levels scaled[kQuad];
+        Lanes::Scaled scaled[kQuad];
         const uint8_t *codes[kQuad];
 #pragma GCC unroll 4
         for (int n = 0; n < kQuad; ++n) {
@@ -130,13 +130,16 @@ void direct_kernel(const Weight &w, const int64_t *outputs, int64_t k, int64_t d
             scaled[n] = Lanes::scaled(levels, block_scale(w, at >> w.block_shift), type);
             codes[n] = static_cast<const uint8_t *>(w.codes) + at / 2;
         }
-        for (int64_t i = 0; i < run; ++i, x += rows * width) {
+        for (int64_t i = 0; i < run; i += kLookedUp, x += kLookedUp * rows * width) {
 #pragma GCC unroll 4
             for (int n = 0; n < kQuad; ++n) {
-                const auto value = Lanes::look_up(scaled[n], Lanes::codes(codes[n] + i * width / 2));
+                Lanes::V values[kLookedUp];
+                Lanes::look_up(values, scaled[n], codes[n] + i * width / 2);
+#pragma GCC unroll 8
+                for (int v = 0; v < kLookedUp; ++v)
 #pragma GCC unroll 4
-                for (int m = 0; m < rows; ++m)
-                    sum[m][n] = Lanes::fused(Lanes::load(x + m * width), value, sum[m][n]);
+                    for (int m = 0; m < rows; ++m)
+                        sum[m][n] = Lanes::fused(Lanes::load(x + (v * rows + m) * width), values[v], sum[m][n]);
             }
         }
     }

@@ -49,6 +49,8 @@ inline float value_at(const Weight &w, int64_t i) {
     return rounded(level * block_scale(w, i >> w.block_shift), w.value_type);
 }
 
+constexpr int kLookedUp = 32 / width;  // vectors of the codes that are looked up at once
+
 // Hands the `count` values from element `start` on to `sink(j, vector j)`, zeros after the last.
 // All of 8-bit values lie in one row. The levels are scaled once a block: a code then is a value.
 template <Type type, class Sink>
@@ -73,8 +75,17 @@ INLINE void each_vector(const Weight &w, int64_t start, int64_t count, const Sin
             const int64_t left = (block - (at & (block - 1))) / width;
             const int64_t stop = left < whole - j ? j + left : whole;
             const auto scaled = Lanes::scaled(levels, block_scale(w, at >> w.block_shift), type);
-            for (; j < stop; ++j)
-                sink(j, Lanes::look_up(scaled, Lanes::codes(codes + j * width / 2)));
+            Lanes::V values[kLookedUp];
+            for (; j + kLookedUp <= stop; j += kLookedUp) {
+                Lanes::look_up(values, scaled, codes + j * width / 2);
+#pragma GCC unroll 8
+                for (int i = 0; i < kLookedUp; ++i) sink(j + i, values[i]);
+            }
+            if (j == stop) continue;
+            uint8_t last[16] = {};
+            memcpy(last, codes + j * width / 2, static_cast<size_t>((stop - j) * width / 2));
+            Lanes::look_up(values, scaled, last);
+            for (int i = 0; j < stop; ++i, ++j) sink(j, values[i]);
         }
     }
     for (; j * width < count; ++j) {
