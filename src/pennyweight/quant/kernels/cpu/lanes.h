@@ -382,9 +382,13 @@ struct Lanes {
                                                     _mm256_extracti128_si256(packed, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i *>(to), in_order);
     }
+    // What `vhaddps` gives, which takes twice as long on some processors.
+    static INLINE V folded(V a, V b) {
+        return plus(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+    }
     // The sums over the lanes of four vectors.
     static INLINE void sums(float *to, V a, V b, V c, V d) {
-        const V all_four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        const V all_four = folded(folded(a, b), folded(c, d));
         _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all_four),
                                      _mm256_extractf128_ps(all_four, 1)));
     }

@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kTile = 1 << 14;   // floats of a tile of the weight, 64 KB
 constexpr int64_t kDepth = 512;      // inputs summed before lanes are: a multiple of every width
 constexpr int64_t kQuad = 4;         // outputs that one kernel call computes for its rows
+constexpr int64_t kAhead = 8;        // rows of codes that are asked for before they are read
 constexpr int64_t kPackedFloats = 1 << 21;  // of packed rows, 8 MB; more rows come after them
 
 INLINE int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
@@ -109,6 +110,18 @@ INLINE void forward_any(int held, const float *x, const float *w, int64_t steps,
         forward_any<rows - 1>(held, x, w, steps, sums);
 }
 
+// From memory into the first-level cache.
+INLINE void ask_for(const float *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+}
+
+// Codes of a row, which lie too far from those of the row before for the processor to foresee them.
+INLINE void ask_for_codes(const Weight &w, int64_t row, int64_t first, int64_t count) {
+    if (!w.levels || row >= w.rows) return;
+    const auto *codes = static_cast<const uint8_t *>(w.codes) + (row * w.columns + first) / 2;
+    for (int64_t i = 0; i < count / 2; i += 64) __builtin_prefetch(codes + i);
+}
+
 constexpr int kDirectRows = 4;
 
 // For few rows values go from the codes into the sums without a tile between; the sums are those
@@ -198,6 +211,7 @@ void forward(void *given, int64_t piece) {
             float *to = tile + (n / kQuad) * (kQuad * steps * width) + n % kQuad * width;
             // Past the last output its values stand in once more; their sums go nowhere.
             const int64_t row = first + least(n, held - 1);
+            ask_for_codes(w, row + kAhead, k, depth);
             each_vector(w, row * w.columns + k, depth,
                         [&](int64_t j, Lanes::V v) __attribute__((always_inline)) {
                             Lanes::store(to + j * (kQuad * width), v);
@@ -206,8 +220,12 @@ void forward(void *given, int64_t piece) {
         for (int64_t m = 0; m < p.rows; m += kForwardRows) {
             const int rows = static_cast<int>(least(kForwardRows, p.rows - m));
             const float *x = p.packed + m * up(w.columns, width) + k * rows;
+            // The rows that come next are asked for in parts, one beside each product.
+            const float *next = x + kForwardRows * up(w.columns, width);
+            const int64_t part = steps * width * kForwardRows / p.tile;
             for (int64_t n = 0; n < held; n += kQuad) {
                 float sums[kForwardRows][kQuad];
+                if (m + kForwardRows < p.rows) ask_for(next + n * part, part * kQuad);
                 forward_any(rows, x, tile + n * (steps * width), steps, sums);
                 for (int r = 0; r < rows; ++r)
                     for (int64_t i = 0; i < least(kQuad, held - n); ++i) {
@@ -242,7 +260,10 @@ void pack_backward(void *given, int64_t group) {
 template <int rows>
 void backward_rows(const float *y, const float *w, int64_t steps, float *out, int64_t stride) {
     Lanes::V low[rows], high[rows];
-    for (int m = 0; m < rows; ++m) low[m] = high[m] = Lanes::zero();
+    for (int m = 0; m < rows; ++m) {
+        low[m] = high[m] = Lanes::zero();
+        __builtin_prefetch(out + m * stride, 1);
+    }
     for (int64_t n = 0; n < steps; ++n, y += rows, w += kPair) {
         const Lanes::V left = Lanes::load(w), right = Lanes::load(w + width);
 #pragma GCC unroll 12
@@ -286,9 +307,10 @@ void backward(void *given, int64_t piece) {
     for (int64_t n = 0; n < w.rows; n += depth) {
         const int64_t steps = least(depth, w.rows - n);
         for (int64_t i = 0; i < steps; ++i) {
+            ask_for_codes(w, n + i + kAhead, first, held);
             each_vector(w, (n + i) * w.columns + first, held,
                         [&](int64_t j, Lanes::V v) __attribute__((always_inline)) {
-                            Lanes::store(tile + (j / 2 * steps + i) * kPair + j % 2 * width, v);
+                            Lanes::store(tile + ((j >> 1) * steps + i) * kPair + (j & 1) * width, v);
                         });
         }
         for (int64_t m = 0; m < p.rows; m += kBackwardRows) {

@@ -77,7 +77,7 @@ INLINE void each_vector(const Weight &w, int64_t start, int64_t count, const Sin
             const auto scaled = Lanes::scaled(levels, block_scale(w, at >> w.block_shift), type);
             Lanes::V values[kLookedUp];
             for (; j + kLookedUp <= stop; j += kLookedUp) {
-                Lanes::look_up(values, scaled, codes + j * width / 2);
+                Lanes::look_up(values, scaled, codes + j * (width / 2));
 #pragma GCC unroll 8
                 for (int i = 0; i < kLookedUp; ++i) sink(j + i, values[i]);
             }
