@@ -178,9 +178,9 @@ class _PlainHead(torch.autograd.Function):
             else None
         )
         bare = bias is None and softcap is None and scale == 1.0 and not weight_grad
-        plain = bare and hidden.dtype == torch.bfloat16 and Softmax.fits(hidden)
+        plain = bare and Softmax.fits(hidden)
         if plain:
-            chunk = min(chunk, max(_LEAST_CACHED_ROWS, _CHUNK_BYTES_CACHED // (2 * len(W))))
+            chunk = min(chunk, max(_LEAST_CACHED_ROWS, _CHUNK_BYTES_CACHED // W[:, 0].nbytes))
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             h = hidden[rows[part]]

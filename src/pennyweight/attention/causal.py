@@ -25,7 +25,7 @@ from pennyweight.attention.cache import Abreast
 from pennyweight.errors import ModelError
 from pennyweight.route import Route
 
-__all__ = ["attend"]
+__all__ = ["attend", "attends_in_one_call"]
 
 # Queries taken at once where keys out of sight can be left out: small enough to skip most of
 # what is masked, large enough to keep the products busy.
@@ -85,6 +85,26 @@ def attend(
     else:
         mixed = _attend_remembered(query, key, value, rule, route, cast(int, module.layer_idx))
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def attends_in_one_call(
+    module: nn.Module,
+    like: Float[Tensor, "1 _ tokens d"],
+    window: int | None,
+    softcap: float | None,
+) -> bool:
+    """Whether `attend` of such rows is one call of the compiled kernel each way, and nothing else."""
+    route = module.pennyweight_route
+    assert isinstance(route, Route)
+    if route.cache is not None or getattr(module, "is_causal", True) is False:
+        return False
+    if (like.shape[0], like.shape[2]) != (1, route.boundaries[-1]):
+        return False
+    rule = _Rule(1.0, window, softcap, softcap is not None or route.backend == "eager")
+    longest = max(b - a for a, b in pairwise(route.boundaries))
+    if _backend(like, rule, route.backend) != "documents":
+        return False
+    return _by_torchs_cpu_kernel(like, like, rule, longest) and compiled.serves(like, like, like)
 
 
 def _refuse_what_is_not_causal(

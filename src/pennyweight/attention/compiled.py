@@ -29,13 +29,13 @@ _ROWS: Final = ("query", "key", "value", "out", "grad", "to_query", "to_key", "t
 
 
 class _Rows(ctypes.Structure):
-    """`Rows` of cpu/attention.cpp."""
+    """`Rows` of cpu/attention.h."""
 
     _fields_ = (("at", ctypes.c_void_p), ("head", ctypes.c_int64), ("token", ctypes.c_int64))
 
 
 class _Attention(ctypes.Structure):
-    """`Attention` of cpu/attention.cpp."""
+    """`Attention` of cpu/attention.h."""
 
     _fields_ = (
         *((name, _Rows) for name in _ROWS),
@@ -96,10 +96,10 @@ def _attend(
     own = _in_bf16(query)
     dtype = query.dtype if own else torch.float32
     mixed = torch.empty(1, tokens, heads, width, dtype=dtype).transpose(1, 2)
-    sums = torch.empty(heads, tokens, 2)  # the largest score, and the sum of powers over it
+    sums = torch.empty(heads, tokens)
     given = [_by_rows(each, own) for each in (query, key, value)]
     _call("attend", [*given, mixed], sums, boundaries, scale)
-    return mixed.to(query.dtype), sums[..., 1].log().add_(sums[..., 0])
+    return mixed.to(query.dtype), sums
 
 
 def _in_bf16(query: Tensor) -> bool:

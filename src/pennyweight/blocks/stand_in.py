@@ -10,6 +10,7 @@ from typing import cast
 
 from torch import nn
 
+from pennyweight.blocks.decoder_layer import DecoderLayer
 from pennyweight.blocks.feed_forward import ACTIVATIONS, GatedFeedForward
 from pennyweight.blocks.norm import RMSNorm
 from pennyweight.blocks.self_attention import SelfAttention
@@ -24,6 +25,8 @@ _MERGED_FEED_FORWARDS = {"Phi3MLP"}
 _ATTENTIONS = {
     f"{family}Attention" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")
 }
+_LAYERS = {f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+_OF_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _OF_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -33,6 +36,9 @@ def stand_in(module: nn.Module) -> None:
         mine = _norm(layer) or _feed_forward(layer) or _attention(layer)
         if mine is not None:
             module.set_submodule(path, mine.train(layer.training))
+    for path, layer in list(module.named_modules()):
+        if (whole := _decoder_layer(layer)) is not None:
+            module.set_submodule(path, whole.train(layer.training))
 
 
 def _norm(layer: nn.Module) -> RMSNorm | None:
@@ -75,3 +81,14 @@ def _attention(layer: nn.Module) -> SelfAttention | None:
         else None,
         is_causal=bool(getattr(layer, "is_causal", True)),
     )
+
+
+def _decoder_layer(layer: nn.Module) -> DecoderLayer | None:
+    parts = dict(layer.named_children())
+    if type(layer).__name__ not in _LAYERS or parts.keys() != _OF_LAYER:
+        return None
+    whole = DecoderLayer(**parts)
+    # By which some releases of transformers choose a layer's mask.
+    if (kind := getattr(layer, "attention_type", None)) is not None:
+        whole.attention_type = kind
+    return whole

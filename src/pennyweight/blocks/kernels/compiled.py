@@ -25,7 +25,7 @@ _NUMBERS_A_THREAD: Final = 1 << 14
 
 
 class _Norm(ctypes.Structure):
-    """`Norm` of cpu/elementwise.cpp."""
+    """`Norm` of cpu/elementwise.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "grad", "weight", "inverse", "out")),
@@ -36,7 +36,7 @@ class _Norm(ctypes.Structure):
 
 
 class _Gate(ctypes.Structure):
-    """`Gate` of cpu/elementwise.cpp."""
+    """`Gate` of cpu/elementwise.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("gate", "up", "grad", "out", "to_gate", "to_up")),
@@ -45,7 +45,7 @@ class _Gate(ctypes.Structure):
 
 
 class _Heads(ctypes.Structure):
-    """`Heads` of cpu/elementwise.cpp."""
+    """`Heads` of cpu/elementwise.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("from_", "to")),
@@ -55,7 +55,7 @@ class _Heads(ctypes.Structure):
 
 
 class _Rotation(ctypes.Structure):
-    """`Rotation` of cpu/elementwise.cpp."""
+    """`Rotation` of cpu/elementwise.h."""
 
     _fields_ = (
         *((name, _Heads) for name in ("query", "key")),

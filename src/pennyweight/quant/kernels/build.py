@@ -48,9 +48,11 @@ _PLAIN = {"plain": ("-DPENNYWEIGHT_PLAIN",)}
 _NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 _ONCE = ("library.cpp", "threads.cpp")
 _EACH = (
+    "adapted.cpp",
     "attention.cpp",
     "attention_bf16.cpp",
     "blockwise.cpp",
+    "decoder_layer.cpp",
     "elementwise.cpp",
     "product.cpp",
     "product_bf16.cpp",

@@ -44,6 +44,7 @@ __all__ = [
     "quantize",
     "serving",
     "stored",
+    "takes_along",
     "threads_for",
     "whole",
     "why_none",
@@ -56,7 +57,9 @@ _STREAMED_BYTES: Final = 1 << 24
 # A thread is worth waking for so much work.
 _ELEMENTS_A_THREAD: Final = 1 << 17
 _PRODUCTS_A_THREAD: Final = 1 << 18
-# Rows and columns of a weight in a product of bf16 come in vectors of so many.
+# Of a product with a dense float32 weight: torch's is as quick from there on.
+_MOST_ROWS_DENSE: Final = 128
+# Rows and columns of a weight whose products take adapters along come in vectors of so many.
 _WHOLE: Final = 32
 
 
@@ -166,18 +169,29 @@ def multiplies_bf16(kernels: Library, x: Tensor, value: Quantized4Bit | Quantize
     return isinstance(value, Quantized4Bit) and not value.block_size % _WHOLE and whole(value.shape)
 
 
+def takes_along(kernels: Library, x: Tensor, value: Quantized4Bit | Quantized8Bit) -> bool:
+    """Whether products of these rows and this weight take adapters along."""
+    if x.dtype == torch.float32:
+        return whole(value.shape)
+    return multiplies_bf16(kernels, x, value)
+
+
 def whole(shape: Sequence[int]) -> bool:
-    """Whether rows and columns of a weight come in the vectors of products of bf16."""
+    """Whether rows and columns of a weight come in whole vectors."""
     return not any(size % _WHOLE for size in shape)
 
 
 def dense_product(
     x: Tensor, weight: Tensor, *, transposed: bool, out: Tensor | None = None
 ) -> Tensor | None:
-    """x W^T, or x W where `transposed`, of contiguous bf16 matrices; None where the processor's own
-    products of bf16 do not take them."""
+    """x W^T, or x W where `transposed`, of contiguous matrices in bf16, or few rows in float32; None
+    where the kernels do not take them, or take longer than torch."""
     kernels = serving(x)
-    if kernels is None or kernels.multiply_bf16 is None or x.dtype != torch.bfloat16:
+    if kernels is None or x.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if x.dtype == torch.bfloat16 and kernels.multiply_bf16 is None:
+        return None
+    if x.dtype == torch.float32 and (transposed or x.shape[0] > _MOST_ROWS_DENSE):
         return None
     fits = weight.dtype == x.dtype and weight.is_contiguous() and x.is_contiguous()
     if not fits or not x.numel() or not whole(weight.shape):
@@ -188,13 +202,16 @@ def dense_product(
     read = dense(weight)  # held while it is read
     where = ctypes.addressof(read), x.data_ptr(), x.shape[0], None
     threads = threads_for(x.shape[0] * weight.numel())
-    kernels.multiply_bf16(*where, transposed, out.data_ptr(), threads)
+    if x.dtype == torch.float32:
+        kernels.forward(*where, out.data_ptr(), threads)
+    else:
+        kernels.multiply_bf16(*where, transposed, out.data_ptr(), threads)
     return out
 
 
 def dense(weight: Tensor) -> Weight:
-    """A contiguous bf16 weight as products of bf16 read it."""
-    assert weight.dtype == torch.bfloat16
+    """A contiguous weight as products read it, in bf16 or float32, which is theirs."""
+    assert weight.dtype in (torch.bfloat16, torch.float32)
     assert weight.is_contiguous()
     return Weight(codes=weight.data_ptr(), rows=weight.shape[0], columns=weight.shape[1])
 

@@ -1,5 +1,5 @@
-"""Products of bf16 that take adapters along: the calls for one layer, or for several that read the
-same rows, into the compiled library."""
+"""Products that take adapters along: the calls for one layer, or for several that read the same rows,
+into the compiled library. Rows are float32, or bf16 where the processor multiplies it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from torch import Tensor
 from pennyweight.quant.kernels.cpu import Weight, threads_for
 from pennyweight.quant.kernels.cpu.library import Library
 
-__all__ = ["MOST_LAYERS", "MOST_RANK", "Beside", "Layer", "adapted", "adapted_back"]
+__all__ = [
+    "MOST_LAYERS",
+    "MOST_RANK",
+    "Adapted",
+    "Beside",
+    "Layer",
+    "adapted",
+    "adapted_back",
+    "describe",
+]
 
-# What cpu/product_bf16.cpp takes.
+# What cpu/adapted.cpp and cpu/product_bf16.cpp take.
 MOST_LAYERS: Final = 3
 MOST_RANK: Final = 256
 
@@ -32,15 +41,15 @@ class Beside:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """A frozen layer whose weight products of bf16 read, its bias in float32, and its adapter, if any."""
+    """A frozen layer as products read its weight, its bias in float32, and its adapter, if any."""
 
     weight: Weight
     bias: Tensor | None
     beside: Beside | None
 
 
-class _Layer(ctypes.Structure):
-    """`Layer` of cpu/product_bf16.cpp."""
+class Adapted(ctypes.Structure):
+    """`Adapted` of cpu/adapted.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "a", "b")),
@@ -56,10 +65,10 @@ def adapted(
     """x W^T + bias + scaling x A^T B^T of each layer in one sum, unless `narrow_only`; and x A^T
     `[rows, r]` of each that has an adapter."""
     count, inputs = x.numel() // x.shape[-1], x.shape[-1]
-    given, outputs, narrow = (_Layer * len(layers))(), list[Tensor](), list[Tensor]()
+    given, outputs, narrow = (Adapted * len(layers))(), list[Tensor](), list[Tensor]()
     work = 0
     for layer, into in zip(layers, given, strict=True):
-        _describe(layer, into, inputs)
+        describe(layer, into, inputs)
         if layer.beside is not None:
             narrow.append(x.new_empty(count, into.rank))
             into.z = narrow[-1].data_ptr()
@@ -68,7 +77,8 @@ def adapted(
             into.y = outputs[-1].data_ptr()
             work += layer.weight.rows
     threads = threads_for(count * inputs * work)
-    kernels.adapted_bf16(ctypes.addressof(given), len(layers), x.data_ptr(), count, threads)
+    function = kernels.adapted if x.dtype == torch.float32 else kernels.adapted_bf16
+    function(ctypes.addressof(given), len(layers), x.data_ptr(), count, threads)
     return outputs, narrow
 
 
@@ -84,11 +94,11 @@ def adapted_back(
     """From the gradients of what `adapted` gave, its x and its narrow products: that of x, summed over
     the layers, if it is asked for, and of each adapter's A and B, if they are trained."""
     count, inputs = x.numel() // x.shape[-1], x.shape[-1]
-    given, kept, of_factors = (_Layer * len(layers))(), iter(narrow), list[Tensor | None]()
+    given, kept, of_factors = (Adapted * len(layers))(), iter(narrow), list[Tensor | None]()
     to_x = torch.empty_like(x) if of_x else None
     held, work = list[Tensor](), 0
     for layer, into, grad in zip(layers, given, grads, strict=True):
-        _describe(layer, into, inputs)
+        describe(layer, into, inputs)
         into.y = grad.data_ptr()
         work += layer.weight.rows
         if (beside := layer.beside) is None:
@@ -101,18 +111,17 @@ def adapted_back(
         into.to_a = None if to_a is None else to_a.data_ptr()
         into.to_b = None if to_b is None else to_b.data_ptr()
         of_factors += [to_a, to_b]
-    kernels.adapted_back_bf16(
-        ctypes.addressof(given),
-        len(layers),
-        x.data_ptr(),
-        count,
-        None if to_x is None else to_x.data_ptr(),
-        threads_for(count * inputs * work),
-    )
+    read = ctypes.addressof(given), len(layers), x.data_ptr(), count
+    at, threads = None if to_x is None else to_x.data_ptr(), threads_for(count * inputs * work)
+    if x.dtype == torch.float32:
+        spare = torch.empty_like(x) if of_x and len(layers) > 1 else None
+        kernels.adapted_back(*read, at, None if spare is None else spare.data_ptr(), threads)
+    else:
+        kernels.adapted_back_bf16(*read, at, threads)
     return to_x, of_factors
 
 
-def _describe(layer: Layer, into: _Layer, inputs: int) -> None:
+def describe(layer: Layer, into: Adapted, inputs: int) -> None:
     """For the library, which reads the layer's tensors; they must outlive the call."""
     assert layer.weight.columns == inputs, (layer.weight.columns, inputs)
     into.weight = ctypes.addressof(layer.weight)

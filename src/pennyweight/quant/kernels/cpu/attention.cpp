@@ -5,52 +5,12 @@
 // across lanes, and along the head's width where rows are mixed. Keys past a block's last query are
 // never looked at. A document's result does not depend on what stands beside it.
 
+#include "across.h"
 #include "attention.h"
-#include "strips.h"
 #include "threads.h"
 
 namespace pennyweight {
 namespace {
-
-// A matrix in memory: rows by `row`, its other index by `step`.
-struct Across {
-    using Right = float;
-    static constexpr int kHeld = kRows;
-
-    const float *at;
-    int64_t row, step;
-
-    // c[rows, vectors * width] += sum over k of this[row, k] * b[k, :], or = with `fresh`.
-    template <int rows, int vectors>
-    INLINE void tile(const float *b, int64_t b_step, int64_t steps, float *c, int64_t c_row,
-                     bool fresh) const {
-        V sum[rows][vectors];
-        for (int m = 0; m < rows; ++m)
-            for (int n = 0; n < vectors; ++n)
-                sum[m][n] = fresh ? Lanes::zero() : Lanes::load(c + m * c_row + n * width);
-        for (int64_t k = 0; k < steps; ++k, b += b_step) {
-            V wide[vectors];
-#pragma GCC unroll 4
-            for (int n = 0; n < vectors; ++n) wide[n] = Lanes::load(b + n * width);
-#pragma GCC unroll 8
-            for (int m = 0; m < rows; ++m) {
-                const V one = Lanes::all(at[m * row + k * step]);
-#pragma GCC unroll 4
-                for (int n = 0; n < vectors; ++n) sum[m][n] = Lanes::fused(one, wide[n], sum[m][n]);
-            }
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 4
-            for (int n = 0; n < vectors; ++n) Lanes::store(c + m * c_row + n * width, sum[m][n]);
-    }
-};
-
-// c[rows, columns] (+)= a b; columns are a multiple of the width.
-void multiply(int64_t rows, int64_t columns, Across a, const float *b, int64_t b_step, int64_t steps,
-              float *c, int64_t c_row, bool fresh) {
-    strips(rows, columns, a, b, b_step, steps, c, c_row, fresh);
-}
 
 // A block of queries turned, [width, kQueries], times `factor`; zeros past the last one.
 void turn(const float *from, int64_t token, int64_t held, int64_t wide, float factor, float *to) {
@@ -109,9 +69,7 @@ void forward(void *given, int64_t piece) {
         const V by = Lanes::all(1.0f / total[m]);
         for (int64_t d = 0; d < wide; d += width)
             Lanes::store(out + m * at.out.token + d, Lanes::load(mixed + m * wide + d) * by);
-        // The logarithm is taken outside, of (top, total).
-        at.sums[(head * at.tokens + first + m) * 2] = top[m];
-        at.sums[(head * at.tokens + first + m) * 2 + 1] = total[m];
+        at.sums[head * at.tokens + first + m] = top[m] + logarithm(total[m]);
     }
 }
 
@@ -189,12 +147,10 @@ void backward(void *given, int64_t piece) {
 
 using namespace pennyweight;
 
-// Fills `out`, and `sums` with (largest score, sum of powers) of each head and token.
 EXPORTED(void, attend)(const Attention *given, int32_t threads) {
     share_out(blocks_of(*given) * given->heads, threads, forward, const_cast<Attention *>(given));
 }
 
-// Fills `to_query`, `to_key` and `to_value`; `sums` holds one log-sum-exp a head and token.
 EXPORTED(void, attend_back)(const Attention *given, int32_t threads) {
     share_out(given->documents * (given->heads / given->shared), threads, backward,
               const_cast<Attention *>(given));

@@ -12,7 +12,7 @@ struct Rows {  // [heads, tokens, width of a head], by strides
 
 struct Attention {
     Rows query, key, value, out, grad, to_query, to_key, to_value;
-    float *sums;  // log-sum-exp, [heads, tokens]
+    float *sums;  // of each head and token the log-sum-exp of its scores
     const int64_t *boundaries;
     int64_t documents, tokens, heads, shared, width;  // `shared`: query heads to a key head
     float scale;
@@ -44,3 +44,10 @@ INLINE int64_t blocks_of(const Attention &at) {
 
 }  // namespace
 }  // namespace pennyweight
+
+// Fills `out` and `sums`; or `to_query`, `to_key` and `to_value`.
+EXPORTED(void, attend)(const pennyweight::Attention *given, int32_t threads);
+EXPORTED(void, attend_back)(const pennyweight::Attention *given, int32_t threads);
+// The same, all rows in bf16 but `to_key` and `to_value`, which are float32.
+EXPORTED(void, attend_bf16)(const pennyweight::Attention *given, int32_t threads);
+EXPORTED(void, attend_back_bf16)(const pennyweight::Attention *given, int32_t threads);

@@ -91,9 +91,7 @@ void forward(void *given, int64_t piece) {
         const V by = Lanes::all(1.0f / total[m]);
         for (int64_t d = 0; d < wide; d += width)
             narrow(out.at + m * out.token + d, Lanes::load(mixed + m * wide + d) * by);
-        // The logarithm is taken outside, of (top, total).
-        at.sums[(head * at.tokens + first + m) * 2] = top[m];
-        at.sums[(head * at.tokens + first + m) * 2 + 1] = total[m];
+        at.sums[head * at.tokens + first + m] = top[m] + logarithm(total[m]);
     }
 }
 
@@ -183,7 +181,6 @@ void backward(void *given, int64_t piece) {
 
 using namespace pennyweight;
 
-// As `attend` and `attend_back`, all rows in bf16 but `to_key` and `to_value`, which are float32.
 EXPORTED(void, attend_bf16)(const Attention *given, int32_t threads) {
     share_out(blocks_of(*given) * given->heads, threads, forward, const_cast<Attention *>(given));
 }

@@ -3,6 +3,8 @@
 // section 3.2.2), with their gradients. Numbers are stored in float32, bf16 or fp16; the arithmetic is
 // float32.
 
+#include "elementwise.h"
+
 #include "exponential.h"
 #include "stored.h"
 #include "threads.h"
@@ -11,16 +13,6 @@ namespace pennyweight {
 namespace {
 
 constexpr int64_t kPiece = 1 << 14;  // numbers of one piece of work
-
-struct Norm {
-    const void *x, *grad;  // grad: null in the forward pass
-    const float *weight;
-    float *inverse;  // 1 / rms of each row; read where `known`
-    void *out;
-    int64_t rows, columns;
-    float eps;
-    bool known, wide_weight;  // wide: 1 + weight in float32, before the rows are rounded
-};
 
 template <Type type>
 INLINE V weighed(const Norm &n, V normalized, int64_t k) {
@@ -74,12 +66,6 @@ void norm_back(void *given, int64_t piece) {
     }
 }
 
-struct Gate {
-    const void *gate, *up, *grad;  // grad: null in the forward pass
-    void *out, *to_gate, *to_up;
-    int64_t count;
-};
-
 INLINE V sigmoid(V x) {
     const V zero = Lanes::zero(), one = Lanes::all(1.0f);
     const V small = exponential(x > zero ? zero - x : x);  // e^-|x|
@@ -102,20 +88,6 @@ void gate(void *given, int64_t piece) {
     const int64_t stop = least((piece + 1) * kPiece, g.count);
     for (int64_t at = piece * kPiece; at < stop; at += width) gate_vector<type>(g, at);
 }
-
-// Heads of tokens, by strides; each head in one piece.
-struct Heads {
-    const void *from;
-    void *to;
-    int64_t count, from_head, from_token, to_head, to_token;
-};
-
-struct Rotation {
-    Heads of[2];  // queries and keys
-    const void *cos, *sin;  // [tokens, width]
-    int64_t tokens, width;
-    bool back;
-};
 
 // The halves of each head turned by the token's angles: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2; or back.
 template <Type type>
@@ -145,7 +117,6 @@ void rotate(void *given, int64_t token) {
 
 using namespace pennyweight;
 
-// Columns, and the count of numbers in a gate, are multiples of 16.
 EXPORTED(void, norm)(const Norm *given, Type type, int32_t threads) {
     const int64_t each = kPiece / given->columns + 1;
     share_out((given->rows + each - 1) / each, threads,
@@ -156,7 +127,6 @@ EXPORTED(void, gate)(const Gate *given, Type type, int32_t threads) {
     share_out((given->count + kPiece - 1) / kPiece, threads, OF_TYPE(gate, type), const_cast<Gate *>(given));
 }
 
-// Halves of a head are multiples of 16 wide; what is written may be what is read.
 EXPORTED(void, rotate)(const Rotation *given, Type type, int32_t threads) {
     share_out(given->tokens, threads, OF_TYPE(rotate, type), const_cast<Rotation *>(given));
 }

@@ -1,4 +1,4 @@
-// The exponential, for softmax and for gates.
+// The exponential, for softmax and for gates, and the logarithm.
 #pragma once
 
 #include "lanes.h"
@@ -26,6 +26,16 @@ INLINE V exponential(V x) {
     p = Lanes::fused(p, r, Lanes::all(1.0f));
     p = Lanes::fused(p, r, Lanes::all(1.0f));
     return (V)((Whole)p + ((Whole)moved << 23));
+}
+
+// ln x of normal numbers x > 0, rounded once: with x = 2^n m and s = (m - 1) / (m + 1) it is
+// n ln 2 + 2 (s + s^3 / 3 + s^5 / 5 + ...). What is not finite stays so.
+INLINE float logarithm(float x) {
+    const uint32_t bits = bits_of(x), from = bits_of(0.70710678f);
+    const auto n = static_cast<int32_t>(bits - from) >> 23;
+    const double m = float_of(bits - (static_cast<uint32_t>(n) << 23)), s = (m - 1.0) / (m + 1.0), q = s * s;
+    const double series = q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9 + q / 11))));
+    return static_cast<float>(n * 0.69314718055994531 + 2.0 * (s + s * series)) + (x - x);
 }
 
 }  // namespace

@@ -39,6 +39,11 @@ class Library:
     gate: Any
     rotate: Any
     softmax: Any
+    adapted: Any
+    adapted_back: Any
+    decoder_layer_bytes: Any
+    decoder_layer: Any
+    decoder_layer_back: Any
     # None where the processor has no products of bf16.
     attend_bf16: Any
     attend_back_bf16: Any
@@ -101,6 +106,11 @@ def _variant(loaded: ctypes.CDLL, name: str) -> Library:
         "gate": (p, i32, i32),
         "rotate": (p, i32, i32),
         "softmax": (p, i32, i32),
+        "adapted": (p, i64, p, i64, i32),
+        "adapted_back": (p, i64, p, i64, p, p, i32),
+        "decoder_layer_bytes": (p, i64, p),
+        "decoder_layer": (p, p),
+        "decoder_layer_back": (p, p),
         "multiply_bf16": (p, p, i64, p, ctypes.c_bool, p, i32),
         "adapted_bf16": (p, i64, p, i64, i32),
         "adapted_back_bf16": (p, i64, p, i64, p, i32),

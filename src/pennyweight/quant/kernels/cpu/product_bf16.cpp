@@ -6,6 +6,7 @@
 // A tile of the weight stands in the second-level cache; rows are read where they lie. What is computed
 // for a row does not depend on how many rows stand beside it.
 
+#include "adapted.h"
 #include "low_rank.h"
 #include "threads.h"
 
@@ -214,20 +215,6 @@ void run(Narrowings &n, int threads) {
     share_out((n.rows + n.each - 1) / n.each * n.count, threads, narrow_piece, &n);
 }
 
-// A frozen layer and the adapter beside it, float32 masters a[rank, columns] and b[rows, rank] of the
-// weight; and where its numbers lie.
-struct Layer {
-    const Weight *weight;
-    const float *bias;  // null: none
-    const float *a, *b;
-    int64_t rank;  // 0: no adapter
-    float scaling;
-    uint16_t *z;   // [rows, rank]
-    uint16_t *y;   // [rows, weight rows]: what it gives, or the gradient of that
-    uint16_t *dz;  // [rows, rank]
-    float *to_a, *to_b;
-};
-
 }  // namespace
 }  // namespace pennyweight
 
@@ -245,40 +232,39 @@ EXPORTED(void, multiply_bf16)(const Weight *weight, const uint16_t *x, int64_t r
     run(w, threads);
 }
 
-// For each layer z = x A^T, and y = x W^T + bias + scaling z B^T where there is a place for it.
-EXPORTED(void, adapted_bf16)(const Layer *layers, int64_t count, const uint16_t *x, int64_t rows,
+EXPORTED(void, adapted_bf16)(const Adapted *layers, int64_t count, const uint16_t *x, int64_t rows,
                              int32_t threads) {
     Narrowings n{};
     Work w{};
     n.rows = w.rows = rows;
-    for (const Layer *of = layers; of < layers + count; ++of) {
+    for (const Adapted *of = layers; of < layers + count; ++of) {
         const int64_t inputs = of->weight->columns;
-        if (of->rank) n.of[n.count++] = {x, inputs, of->a, of->rank, 1.0f, false, of->z};
-        const uint16_t *low = of->rank ? of->z : nullptr;
+        if (of->rank) n.of[n.count++] = {x, inputs, of->a, of->rank, 1.0f, false, static_cast<uint16_t *>(of->z)};
+        const auto *low = static_cast<const uint16_t *>(of->rank ? of->z : nullptr);
         if (of->y)
             w.products[w.count++] = {{{of->weight, x, inputs, low, of->b, of->rank, of->scaling}},
-                                     1, rows, of->weight->rows, of->bias, of->y, false, 1};
+                                     1, rows, of->weight->rows, of->bias, static_cast<uint16_t *>(of->y), false, 1};
     }
     if (n.count) run(n, threads);
     run(w, threads);
 }
 
-// From the gradients y and with dz = scaling y B: to_x, the sum over layers of y W + dz A,
-// to_a = dz^T x and to_b = scaling y^T z; those that are null are left out.
-EXPORTED(void, adapted_back_bf16)(const Layer *layers, int64_t count, const uint16_t *x, int64_t rows,
+EXPORTED(void, adapted_back_bf16)(const Adapted *layers, int64_t count, const uint16_t *x, int64_t rows,
                                   uint16_t *to_x, int32_t threads) {
     Narrowings n{};
     Work w{};
     n.rows = w.rows = rows;
     Product &sum = w.products[0];
     sum = {{}, 0, rows, layers->weight->columns, nullptr, to_x, true, 1};
-    for (const Layer *of = layers; of < layers + count; ++of) {
+    for (const Adapted *of = layers; of < layers + count; ++of) {
         const int64_t inputs = of->weight->columns, outputs = of->weight->rows;
-        const uint16_t *low = of->rank ? of->dz : nullptr;
-        if (of->rank) n.of[n.count++] = {of->y, outputs, of->b, of->rank, of->scaling, true, of->dz};
-        sum.terms[sum.count++] = {of->weight, of->y, outputs, low, of->a, of->rank, 1.0f};
-        if (of->to_a) w.outers[w.outer_count++] = {of->dz, x, of->rank, inputs, of->to_a, false, 1.0f};
-        if (of->to_b) w.outers[w.outer_count++] = {of->z, of->y, of->rank, outputs, of->to_b, true, of->scaling};
+        const auto *low = static_cast<const uint16_t *>(of->rank ? of->dz : nullptr);
+        const auto *y = static_cast<const uint16_t *>(of->y), *z = static_cast<const uint16_t *>(of->z);
+        if (of->rank)
+            n.of[n.count++] = {y, outputs, of->b, of->rank, of->scaling, true, static_cast<uint16_t *>(of->dz)};
+        sum.terms[sum.count++] = {of->weight, y, outputs, low, of->a, of->rank, 1.0f};
+        if (of->to_a) w.outers[w.outer_count++] = {low, x, of->rank, inputs, of->to_a, false, 1.0f};
+        if (of->to_b) w.outers[w.outer_count++] = {z, y, of->rank, outputs, of->to_b, true, of->scaling};
     }
     w.count = to_x ? 1 : 0;
     if (n.count) run(n, threads);

@@ -36,6 +36,8 @@ void strips(int64_t rows, int64_t columns, Left a, const typename Left::Right *b
     int64_t n = 0;
     for (; n + 4 * width <= columns; n += 4 * width)
         strip<4>(rows, a, b + n, b_step, steps, c + n, c_row, fresh);
+    for (; n + 2 * width <= columns; n += 2 * width)
+        strip<2>(rows, a, b + n, b_step, steps, c + n, c_row, fresh);
     for (; n < columns; n += width) strip<1>(rows, a, b + n, b_step, steps, c + n, c_row, fresh);
 }
 

@@ -7,8 +7,8 @@ namespace pennyweight {
 
 // Row-major [rows, columns]. In 4 bits: two codes a byte, one scale for each 2^block_shift
 // elements, plain (float32) or nested (a byte each, `group` of them with one float32 scale,
-// all with one offset). In 8 bits: int8 codes and one float32 scale a row. Products of bf16 take
-// values in bf16 as well, in the place of codes, without scales.
+// all with one offset). In 8 bits: int8 codes and one float32 scale a row. Values themselves, of the
+// products' type, may stand in the place of codes, without scales.
 struct Weight {
     const void *codes;
     const void *scales;
@@ -39,7 +39,11 @@ INLINE float rounded(float value, Type type) {
     return value;
 }
 
+// Whether the values themselves, in float32, stand in the place of codes.
+INLINE bool plain(const Weight &w) { return !w.levels && !w.scales; }
+
 inline float value_at(const Weight &w, int64_t i) {
+    if (plain(w)) return static_cast<const float *>(w.codes)[i];
     if (!w.levels) {
         const float scale = static_cast<const float *>(w.scales)[i / w.columns];
         return rounded(static_cast<const int8_t *>(w.codes)[i] * scale * (1.0f / 127.0f), w.value_type);
@@ -58,7 +62,10 @@ INLINE void each_vector(const Weight &w, int64_t start, int64_t count, const Sin
     constexpr int width = Lanes::width;
     int64_t j = 0;
     const int64_t whole = count / width;
-    if (!w.levels) {
+    if (plain(w)) {
+        const auto *values = static_cast<const float *>(w.codes) + start;
+        for (; j < whole; ++j) sink(j, Lanes::load(values + j * width));
+    } else if (!w.levels) {
         const auto *codes = static_cast<const int8_t *>(w.codes) + start;
         const auto scale = Lanes::all(static_cast<const float *>(w.scales)[start / w.columns]);
         const auto unit = Lanes::all(1.0f / 127.0f);
