@@ -62,10 +62,15 @@ def test_resident_peak_within_a_tenth(
 
 
 @linux
+@pytest.mark.parametrize(
+    "case",
+    [Case(256, 4, "qlora", 1024), Case(256, 4, "lora", 2048, recompute=True)],
+    ids=lambda case: case.name,
+)
 def test_an_ordinary_run_takes_what_its_plan_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `python -m benchmarks.plan_cpu` finds on larger shapes: receipt beside receipt."""
     monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
-    found = measure(Case(256, 4, "qlora", 1024), tmp_path)
+    found = measure(case, tmp_path)
     assert found.ratio == pytest.approx(1, abs=0.1)
