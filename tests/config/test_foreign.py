@@ -281,6 +281,9 @@ def test_llama_factory(tmp_path: Path) -> None:
     lost = {e.key for e in found.entries if e.fate == Fate.LOST}
     assert lost == {"optim", "max_samples"}
     assert any("neat_packing" in said for said in found.differences)
+    (cut,) = (said for said in found.differences if "cutoff_len" in said)
+    assert "refused (data.max_cut_share)" in cut
+    assert "data.overlong: drop" in cut
 
 
 def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

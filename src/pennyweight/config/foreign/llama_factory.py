@@ -239,7 +239,9 @@ def _lengths(account: Account, stage: str) -> None:
     account.carry_or_assume("cutoff_len", "data.max_length", length, 2048)
     account.differ(
         "rows over cutoff_len: there prompt and answer are shortened in proportion, here the end "
-        "is cut and a run that loses too many answers is refused (data.max_cut_share)"
+        "is cut, and a run in which too many answers lose theirs is refused (data.max_cut_share): "
+        "raise data.max_length, or leave such rows out (data.overlong: drop); `pennyweight "
+        "preview` counts them"
     )
     everything, last = account.truth("train_on_prompt"), account.truth("mask_history")
     if everything or stage == "pt":
