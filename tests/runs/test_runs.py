@@ -110,6 +110,21 @@ def test_merge_asks_only_what_it_can_use(finished, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def test_merge_refuses_a_taken_folder_before_it_reads_the_base(finished, tmp_path, monkeypatch):
+    folder = finished()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+
+    def read(*_, **__):
+        raise AssertionError("the base was read first")
+
+    monkeypatch.setattr(RunFolder, "open", read)
+    monkeypatch.setattr("pennyweight.runs.merging.load_base", read)
+    for what in (folder, folder / "adapter"):
+        with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+            merge_folder(what, tmp_path / "taken")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_that_peft_made_is_merged(tiny_llama_folder, tmp_path):
     peft = pytest.importorskip("peft")

@@ -28,6 +28,7 @@ __all__ = [
     "copy_companions",
     "is_companion",
     "module_of",
+    "refuse_taken",
     "torch_dtype",
     "whole_folder",
     "write_index",
@@ -85,6 +86,13 @@ class Entry:
         return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
 
+def refuse_taken(out: Path | str) -> None:
+    """ConfigError if `out` exists and is not an empty folder."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not an empty folder; name another --out")
+
+
 @contextmanager
 def whole_folder(out: Path | str) -> Iterator[Path]:
     """A folder to write into that becomes `out` at the end, or vanishes if anything fails.
@@ -92,8 +100,7 @@ def whole_folder(out: Path | str) -> Iterator[Path]:
     ConfigError if `out` exists and is not an empty folder; DiskError if the disk refuses.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not an empty folder; name another --out")
+    refuse_taken(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -28,7 +28,7 @@ from pennyweight.generate import Request, generate
 from pennyweight.lora import Adapter, attach
 from pennyweight.merge import Agreement, Onto
 from pennyweight.model import BaseModel, license_of, load_base
-from pennyweight.model.writing import whole_folder
+from pennyweight.model.writing import refuse_taken, whole_folder
 from pennyweight.report import plain
 from pennyweight.runs.candidates import Trial, trial, ways
 from pennyweight.runs.card import merged_card
@@ -124,6 +124,7 @@ def merge_run(
     left behind then.
     """
     asked = _Asked.of(base, dtype, say)
+    refuse_taken(out)  # not only when the base was read
     run = RunFolder(Path(folder))
     config = run.config()
     if config.train.method == "full":
@@ -161,6 +162,7 @@ def merge_adapter(
     writes itself. The rest is as in `merge_run`.
     """
     asked = _Asked.of(base, dtype, say)
+    refuse_taken(out)  # not only when the base was read
     adapter = Adapter.load(folder)
     resident = load_base(base_of(Path(folder), adapter, model, quantization))
     attach(resident, adapter, trainable=False)
