@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from pennyweight.lora import adapter_of, attach, described, detach
 from pennyweight.model import BaseModel
 from pennyweight.registry import Registry
 from pennyweight.runs.asking import Asking
+from tests.serve.conftest import KEYS
 
 TURN = [{"role": "user", "content": "the question"}]
 
@@ -242,13 +245,32 @@ def test_what_is_too_much_is_429_and_nothing_is_lost(
 ) -> None:
     service = started(chat={"rows": 1, "waiting": 1})
     client = client_of(service)
-    body = {"model": "tiny", "messages": TURN, "n": 3, "max_tokens": 2}
-    refused = client.post("/v1/chat/completions", json=body)
+    gate = threading.Event()
+    service.engine._order(gate.wait)  # nothing is answered until it opens
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, client, n=2)
+        try:
+            while service.engine.asked < 2:
+                time.sleep(0.01)
+            body = {"model": "tiny", "messages": TURN, "max_tokens": 2}
+            refused = client.post("/v1/chat/completions", json=body)
+        finally:
+            gate.set()
+        assert len(first.result()["choices"]) == 2
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert service.engine.asked == 0
-    assert len(ask(client, n=2)["choices"]) == 2
+
+
+def test_what_may_never_wait_is_400_so_that_nobody_comes_again_for_it(
+    started: Callable[..., Any], client_of: Callable[..., Any]
+) -> None:
+    service = started(chat={"rows": 1, "waiting": 1})
+    body = {"model": "tiny", "prompt": ["the", "an"], "n": 2, "max_tokens": 2}
+    refused = client_of(service).post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_choices")
+    assert service.engine.asked == 0
 
 
 def test_under_load_the_queue_is_bounded_and_who_comes_again_is_answered(
@@ -280,8 +302,6 @@ def test_under_load_the_queue_is_bounded_and_who_comes_again_is_answered(
 
 
 def test_a_client_that_leaves_frees_its_row(started: Callable[..., Any]) -> None:
-    import asyncio
-
     service = started()
 
     async def leave() -> None:
@@ -301,6 +321,61 @@ def test_a_client_that_leaves_frees_its_row(started: Callable[..., Any]) -> None
     assert service.engine.call(lambda base: service.engine._answering.busy) is False
     (row,) = service.store.usage({"owner": "bob"}, since=0, until=2**40)
     assert row.tokens_out >= 1  # what was made is billed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_connection_that_ends_before_its_answer_frees_its_row(
+    started: Callable[..., Any], stream: bool
+) -> None:
+    from pennyweight.serve.api import create_app
+
+    service = started()
+    app = create_app(service)
+    body = {"model": "tiny", "messages": TURN, "max_tokens": 150, "temperature": 0}
+    told = [
+        {"type": "http.request", "body": json.dumps({**body, "stream": stream}).encode()},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return told.pop(0) if len(told) > 1 else told[0]
+
+    async def send(_: Any) -> None:
+        pass
+
+    head = [(b"authorization", f"Bearer {KEYS['bob']}".encode())]
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": head, "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    assert service.engine.asked == 0
+    assert service.engine.call(lambda base: service.engine._answering.busy) is False
+    service.cashier.submit(lambda: None).result()
+    (row,) = service.store.usage({"owner": "bob"}, since=0, until=2**40)
+    assert row.tokens_out < 150
+
+
+def test_an_answer_does_not_wait_for_what_jobs_write_down(
+    started: Callable[..., Any], client_of: Callable[..., Any]
+) -> None:
+    service = started()
+    gate = threading.Event()
+    service.clerk.submit(gate.wait)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            said = pool.submit(ask, client_of(service)).result(timeout=30)
+    finally:
+        gate.set()
+    assert said["usage"]["completion_tokens"] > 0
+
+
+def test_a_large_body_is_read_as_a_small_one(
+    started: Callable[..., Any], client_of: Callable[..., Any]
+) -> None:
+    client = client_of(started())
+    assert ask(client, user="x" * 200_000)["choices"] == ask(client)["choices"]
+    body = {"model": "tiny", "messages": TURN, "usr": "x" * 200_000}
+    refused = client.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "usr")
 
 
 def test_usage_is_told_by_key_model_and_hour_with_its_cost(

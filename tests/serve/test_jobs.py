@@ -182,6 +182,22 @@ def test_paused_resumed_and_interrupted_by_the_servers_end_it_ends_with_the_same
     assert done["trained_tokens"] == tokens
 
 
+def test_a_pause_that_is_taken_back_before_it_was_seen_is_a_pause_all_the_same(
+    started: Callable[..., Any], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = started()
+    client = client_of(service)
+    job = create(client, train={"max_steps": 5000, "save_steps": 5000})
+    until(client, job, "running")
+    with monkeypatch.context() as unseen:
+        unseen.setattr(service.jobs, "_nudge", lambda: None)
+        for verb in ("pause", "resume"):
+            assert client.post(f"/v1/fine_tuning/jobs/{job['id']}/{verb}").status_code == 200
+    service.foreman.nudge()
+    until(client, job, "running")
+    assert client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel").status_code == 200
+
+
 def test_a_cancelled_job_pays_for_its_steps_and_takes_no_more(
     started: Callable[..., Any], client_of: Callable[..., Any]
 ) -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -27,6 +28,9 @@ LIMITS = RequestLimits(
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/long":
+            await _long(send)
+            return
         while (await receive()).get("more_body"):
             pass
         await send(
@@ -44,6 +48,22 @@ def port() -> Iterator[int]:
         yield opened.getsockname()[1]
         server.should_exit = True
         thread.join()
+
+
+PIECES, PIECE = 512, b"x" * (1 << 16)
+OVER = threading.Event()
+
+
+async def _long(send: Any) -> None:
+    """More than any buffer on the way holds."""
+    OVER.clear()
+    size = str(PIECES * len(PIECE)).encode()
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-length", size)]}
+    )
+    for at in range(PIECES):
+        await send({"type": "http.response.body", "body": PIECE, "more_body": at < PIECES - 1})
+    OVER.set()
 
 
 def answer(port: int, *parts: bytes, pause_s: float = 0.0) -> tuple[int, dict[str, Any]]:
@@ -112,6 +132,29 @@ def test_a_body_without_a_length_is_counted(port: int) -> None:
     chunk = b"400\r\n" + b"x" * 1024 + b"\r\n"
     assert answer(port, head + chunk * 5 + b"0\r\n\r\n")[0] == 413
     assert answer(port, head + chunk * 3 + b"0\r\n\r\n")[0] == 200
+
+
+def test_an_answer_that_nobody_takes_in_is_cut_off(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        client.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n" + KEY + b"\r\n")
+        assert OVER.wait(5)
+        taken = 0
+        with suppress(ConnectionResetError):
+            while block := client.recv(1 << 20):
+                taken += len(block)
+    assert taken < PIECES * len(PIECE)
+
+
+def test_a_client_that_reads_slowly_gets_all_of_it(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        client.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n" + KEY + b"\r\n")
+        taken = 0
+        for _ in range(8):  # three times as long as it may stand still
+            time.sleep(0.12)
+            taken += len(client.recv(1 << 20))
+        while block := client.recv(1 << 20):
+            taken += len(block)
+    assert taken > PIECES * len(PIECE)
 
 
 def test_more_connections_than_are_allowed_are_closed(port: int) -> None:

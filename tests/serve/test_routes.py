@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -118,6 +120,31 @@ def test_a_form_is_refused_where_it_is_not_whole(
     head = {"content-type": "multipart/form-data; boundary=x"}
     assert client.post("/v1/files", content=b"nonsense", headers=head).status_code == 400
     assert client.get("/v1/files").json()["data"] == []
+
+
+def test_a_full_disk_is_507_wherever_an_upload_meets_it(
+    started: Callable[..., Any], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = started()
+    client = client_of(service)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def full_too(*_: Any) -> None:
+        full()
+
+    for place, name, how in (
+        ("starlette.datastructures.UploadFile", "write", full_too),
+        ("pennyweight.serve.uploads", "whole", full),
+    ):
+        with monkeypatch.context() as once:
+            once.setattr(f"{place}.{name}", how)
+            content = {"file": ("rows.jsonl", b"{}\n" * 1_000_000)}
+            found = client.post("/v1/files", files=content, data={"purpose": "fine-tune"})
+        assert (found.status_code, found.json()["error"]["code"]) == (507, "disk")
+        assert int(found.headers["retry-after"]) > 0
+    assert list((service.settings.data_path / "files").iterdir()) == []
 
 
 def test_the_document_names_no_answer_that_is_never_given(

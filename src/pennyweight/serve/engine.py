@@ -18,7 +18,7 @@ from pennyweight.model import BaseModel, is_out_of_memory, release_cached
 from pennyweight.serve.answering import Answering, Ask
 from pennyweight.serve.beside import Beside
 from pennyweight.serve.memory import Memory, Need
-from pennyweight.serve.refusals import Refused, busy
+from pennyweight.serve.refusals import Refused, busy, invalid
 from pennyweight.serve.settings import ServeSettings
 from pennyweight.serve.turns import Turns
 from pennyweight.serve.versions import Versions
@@ -81,12 +81,19 @@ class Engine:
         return self._asked
 
     def ask(self, asks: list[Ask]) -> None:
-        """Let these be answered, all or none. Refused (429) where too many wait."""
+        """Let these be answered, all or none. Refused where too many wait (429), or where they are
+        more than may ever wait (400)."""
         with self._lock:
             if self._ending or self._ended:
                 raise _ends()
-            room = self._limits.rows + self._limits.waiting - self._asked
-            if len(asks) > room:
+            most = self._limits.rows + self._limits.waiting
+            if len(asks) > most:
+                raise invalid(
+                    f"{len(asks)} answers at once: {most} at the most here, prompts times n",
+                    param="n",
+                    code="too_many_choices",
+                )
+            if len(asks) > most - self._asked:
                 raise busy(
                     f"{self._asked} answers are under way or waiting, and {self._limits.waiting} may "
                     "wait: come again in a moment"

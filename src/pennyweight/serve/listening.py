@@ -1,7 +1,7 @@
 """The listening socket: HTTP/1.1 by uvicorn, with what it leaves open closed.
 
 A head that is too large is 431 and one that does not come is 408; more connections than are allowed
-are closed at once. SIGTERM and Ctrl-C drain: what is under way is finished or saved, and nothing new begins.
+are closed at once, and one whose client stops reading is closed in time. SIGTERM and Ctrl-C drain: what is under way is finished or saved, and nothing new begins.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class _Guarded(H11Protocol):
 
     bounds: RequestLimits
     _head: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -115,6 +116,7 @@ class _Guarded(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_here()
+        self._is_read()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -124,6 +126,15 @@ class _Guarded(H11Protocol):
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._head_is_here()
+
+    def pause_writing(self) -> None:
+        """More is ready than the client takes in: see to it that it goes on."""
+        super().pause_writing()
+        self._await_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._is_read()
+        super().resume_writing()
 
     def on_response_complete(self) -> None:
         self._head_is_here()
@@ -150,6 +161,23 @@ class _Guarded(H11Protocol):
         if self._head is not None:
             self._head.cancel()
             self._head = None
+
+    def _await_reader(self, unsent: int) -> None:
+        seconds = self.bounds.body_seconds
+        self._unread = self.loop.call_later(seconds, self._does_not_read, unsent)
+
+    def _is_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _does_not_read(self, unsent: int) -> None:
+        """Nobody took in anything: what is under way for this client would be held for ever."""
+        left = self.transport.get_write_buffer_size()
+        if left < unsent:
+            self._await_reader(left)
+        else:
+            self.transport.abort()
 
     def _too_slow(self) -> None:
         self._head = None

@@ -94,10 +94,10 @@ class Questions:
         engine: Engine,
         store: Store,
         limits: ChatLimits,
-        clerk: Executor,
+        cashier: Executor,
     ) -> None:
         self._versions, self._engine, self._store = versions, engine, store
-        self._limits, self._clerk = limits, clerk
+        self._limits, self._cashier = limits, cashier
         self._tokenizer, self._stop_ids = base.tokenizer, base.stop_ids
         self._asking = (base.name, base.stop_ids, base.max_positions)
         self._renderers: OrderedDict[tuple[str | None, str], tuple[Renderer, bool]] = OrderedDict()
@@ -144,7 +144,7 @@ class Questions:
 
     def ask(self, question: Question) -> Answer:
         """Begin to answer. Refused (429) where too many wait."""
-        return Answer(question, self._engine, lambda used: self._clerk.submit(self._bill, used))
+        return Answer(question, self._engine, lambda used: self._cashier.submit(self._bill, used))
 
     def _question(
         self,

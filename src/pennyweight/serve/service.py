@@ -36,6 +36,8 @@ class Service:
         data = settings.data_path
         make_folder(data)
         self.clerk = ThreadPoolExecutor(1, thread_name_prefix="clerk")
+        # An answer ends once it is billed, and does not wait for a checkpoint that is written down.
+        self.cashier = ThreadPoolExecutor(1, thread_name_prefix="cashier")
         self.uploads = Uploads(store, data / "files")
         self.versions = Versions(data / "versions")
         self.memory = Memory(base, settings)
@@ -49,7 +51,7 @@ class Service:
             fits=self.engine.require_fit,
         )
         self.questions = Questions(
-            base, self.versions, self.engine, store, settings.chat, self.clerk
+            base, self.versions, self.engine, store, settings.chat, self.cashier
         )
         self.foreman = Foreman(
             settings, store, self.uploads, self.versions, self.engine, base, self.memory, self.clerk
@@ -87,5 +89,6 @@ class Service:
         ended = self.engine.end(timeout_s)
         self.foreman.end()
         self.clerk.shutdown(wait=True)
+        self.cashier.shutdown(wait=True)
         self.store.close()
         return ended

@@ -119,7 +119,7 @@ class RequestLimits(_Frozen):
     """Within which the head of a request has to be here."""
 
     body_seconds: Annotated[float, Field(gt=0)] = 30
-    """Longest silence while a body is read."""
+    """Longest silence while a body comes, and while a client takes in nothing of its answer."""
 
     connections: Annotated[int, Field(ge=1)] = 512
     """Connections at the same time; what comes beyond is closed at once."""

@@ -94,13 +94,17 @@ class Uploads:
         name = safe_name(filename)
         folder = self._folder / made
         digest, size = hashlib.sha256(), 0
-        with disk_faults(folder, "free some space"):
-            make_folder(folder)
-            with whole(folder / name) as partial, partial.open("wb") as file:
-                while block := content.read(_BLOCK):
-                    digest.update(block)
-                    size += len(block)
-                    file.write(block)
+        try:
+            with disk_faults(folder, "free some space"):
+                make_folder(folder)
+                with whole(folder / name) as partial, partial.open("wb") as file:
+                    while block := content.read(_BLOCK):
+                        digest.update(block)
+                        size += len(block)
+                        file.write(block)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         record = FileRecord(
             id=made,
             owner=owner,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any
 
@@ -67,6 +68,7 @@ def routes_of(service: Service) -> FastAPI:
         app.include_router(router, include_in_schema=False)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(PennyweightError, _ours)
+    app.add_exception_handler(OSError, _system)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _internal)
@@ -112,14 +114,25 @@ async def _refused(request: Request, fault: Exception) -> JSONResponse:
 
 async def _ours(request: Request, fault: Exception) -> JSONResponse:
     if isinstance(fault, DiskError):
-        log.error("%s %s: %s", request.method, request.url.path, one_line(str(fault)))
-        said = "the server's disk refused; nothing was kept, try again once there is room"
-        return await _refused(
-            request, Refused(507, said, kind="server_error", code="disk", retry_after_s=30)
-        )
+        return await _no_room(request, fault)
     if isinstance(fault, ValueError):  # ConfigError, DataError, AdapterError: of what was asked
         return await _refused(request, Refused(400, one_line(str(fault)), code="invalid_value"))
     return await _internal(request, fault)
+
+
+async def _system(request: Request, fault: Exception) -> JSONResponse:
+    """A form's file goes through the system's temporary folder, which may be full too."""
+    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        return await _no_room(request, fault)
+    return await _internal(request, fault)
+
+
+async def _no_room(request: Request, fault: Exception) -> JSONResponse:
+    log.error("%s %s: %s", request.method, request.url.path, one_line(str(fault)))
+    said = "the server's disk refused; nothing was kept, try again once there is room"
+    return await _refused(
+        request, Refused(507, said, kind="server_error", code="disk", retry_after_s=30)
+    )
 
 
 async def _not_valid(request: Request, fault: Exception) -> JSONResponse:

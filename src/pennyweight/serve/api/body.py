@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from pennyweight.data.read import nearest
 from pennyweight.serve.guard import strict_json
@@ -14,11 +15,19 @@ from pennyweight.serve.refusals import Refused
 __all__ = ["body_of", "described_by", "first_fault"]
 
 Body = TypeVar("Body", bound=BaseModel)
+LARGE = 1 << 16
 
 
 async def body_of(request: Request, kind: type[Body], nesting: int) -> Body:
     """The request's body as a `kind`; Refused (400) names the field."""
-    value = strict_json(await request.body() or b"{}", nesting)
+    body = await request.body() or b"{}"
+    if len(body) > LARGE:  # others are served while it is read
+        return await run_in_threadpool(_read, body, kind, nesting)
+    return _read(body, kind, nesting)
+
+
+def _read(body: bytes, kind: type[Body], nesting: int) -> Body:
+    value = strict_json(body, nesting)
     if not isinstance(value, dict):
         raise Refused(400, "the body must be a JSON object", code="invalid_json")
     try:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import secrets
-import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
+from pennyweight.serve.api.answers import Chat, Telling, Text, answered
 from pennyweight.serve.api.body import body_of, described_by
 from pennyweight.serve.api.caller import Asks
-from pennyweight.serve.questions import Answer, How, Likely, Part
-from pennyweight.serve.refusals import Refused, invalid
+from pennyweight.serve.questions import How
+from pennyweight.serve.refusals import invalid
 from pennyweight.serve.service import Service
 
 __all__ = ["router"]
@@ -58,6 +53,13 @@ class _Asked(BaseModel):
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def told(self) -> Telling:
+        if not self.stream:
+            return "whole"
+        usage = self.stream_options is not None and self.stream_options.include_usage
+        return "streamed with usage" if usage else "streamed"
 
     def unsupported(self) -> list[str]:
         """What would change the answer and is not done here."""
@@ -159,7 +161,7 @@ async def chat(request: Request, caller: Asks) -> Any:
         return service.questions.chat(caller.name, model, asked.messages, tools, how)
 
     question = await run_in_threadpool(render)
-    return await _answered(service.questions.ask(question), asked, _Chat(asked.model))
+    return await answered(request, service.questions.ask(question), Chat(asked.model), asked.told)
 
 
 @router.post(
@@ -182,7 +184,7 @@ async def complete(request: Request, caller: Asks) -> Any:
         return service.questions.completion(caller.name, model, prompts, how)
 
     question = await run_in_threadpool(render)
-    return await _answered(service.questions.ask(question), asked, _Text(asked.model))
+    return await answered(request, service.questions.ask(question), Text(asked.model), asked.told)
 
 
 def _how(asked: _Asked, most: int | None, top_logprobs: int, logprobs: bool) -> How:
@@ -205,151 +207,3 @@ def _how(asked: _Asked, most: int | None, top_logprobs: int, logprobs: bool) -> 
         logprobs=logprobs,
         top_logprobs=top_logprobs,
     )
-
-
-async def _answered(answer: Answer, asked: _Asked, shape: _Shape) -> Response:
-    if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        head = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(
-            _events(answer, shape, usage), media_type="text/event-stream", headers=head
-        )
-    texts: dict[int, list[str]] = {at: [] for at in range(len(answer.question.requests))}
-    tokens: dict[int, list[Likely]] = {at: [] for at in texts}
-    finish: dict[int, str] = {}
-    try:
-        async for part in answer.parts():
-            texts[part.index].append(part.text)
-            tokens[part.index] += part.tokens
-            if part.finish is not None:
-                finish[part.index] = part.finish
-    except BaseException:
-        answer.abandon()
-        raise
-    await answer.close()
-    logprobs = answer.question.how.logprobs
-    choices = [
-        shape.choice(at, "".join(texts[at]), tokens[at] if logprobs else None, finish[at])
-        for at in texts
-    ]
-    return JSONResponse({**shape.head(False), "choices": choices, "usage": _usage(answer)})
-
-
-async def _events(answer: Answer, shape: _Shape, with_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events; a failure on the way is one too, for the status is gone by then."""
-    head = shape.head(True) | ({"usage": None} if with_usage else {})
-    try:
-        for at in range(len(answer.question.requests)):
-            if first := shape.first(at):
-                yield _event({**head, "choices": [first]})
-        async for part in answer.parts():
-            yield _event({**head, "choices": [shape.delta(part, answer.question.how.logprobs)]})
-        await answer.close()
-        if with_usage:
-            yield _event({**head, "choices": [], "usage": _usage(answer)})
-        yield "data: [DONE]\n\n"
-    except Refused as refused:
-        yield _event(refused.body())
-    finally:
-        answer.abandon()
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def _usage(answer: Answer) -> dict[str, int]:
-    prompt, new = answer.question.prompt_tokens, answer.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-
-class _Shape(ABC):
-    """How one kind of completion is written."""
-
-    prefix, whole, streamed = "", "", ""
-
-    def __init__(self, model: str) -> None:
-        self._model = model
-        self._id = f"{self.prefix}-{secrets.token_hex(12)}"
-        self._created = int(time.time())
-
-    def head(self, stream: bool) -> dict[str, Any]:
-        kind = self.streamed if stream else self.whole
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-    def first(self, at: int) -> dict[str, Any] | None:
-        return None
-
-    @abstractmethod
-    def choice(
-        self, at: int, text: str, tokens: list[Likely] | None, finish: str
-    ) -> dict[str, Any]:
-        """A whole answer."""
-
-    @abstractmethod
-    def delta(self, part: Part, logprobs: bool) -> dict[str, Any]:
-        """A piece of one."""
-
-
-class _Chat(_Shape):
-    prefix, whole, streamed = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def first(self, at: int) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": at, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def choice(
-        self, at: int, text: str, tokens: list[Likely] | None, finish: str
-    ) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        told = self._logprobs(tokens) if tokens is not None else None
-        return {"index": at, "message": message, "logprobs": told, "finish_reason": finish}
-
-    def delta(self, part: Part, logprobs: bool) -> dict[str, Any]:
-        return {
-            "index": part.index,
-            "delta": {"content": part.text} if part.text else {},
-            "logprobs": self._logprobs(part.tokens) if logprobs else None,
-            "finish_reason": part.finish,
-        }
-
-    def _logprobs(self, tokens: Any) -> dict[str, Any]:
-        content = [
-            {
-                **_likely(each.text, each.logprob),
-                "top_logprobs": [_likely(text, logprob) for text, logprob in each.top],
-            }
-            for each in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-
-class _Text(_Shape):
-    prefix, whole, streamed = "cmpl", "text_completion", "text_completion"
-
-    def choice(
-        self, at: int, text: str, tokens: list[Likely] | None, finish: str
-    ) -> dict[str, Any]:
-        told = self._logprobs(tokens) if tokens is not None else None
-        return {"index": at, "text": text, "logprobs": told, "finish_reason": finish}
-
-    def delta(self, part: Part, logprobs: bool) -> dict[str, Any]:
-        told = self._logprobs(part.tokens) if logprobs else None
-        return {
-            "index": part.index,
-            "text": part.text,
-            "logprobs": told,
-            "finish_reason": part.finish,
-        }
-
-    def _logprobs(self, tokens: Any) -> dict[str, Any]:
-        return {
-            "tokens": [each.text for each in tokens],
-            "token_logprobs": [each.logprob for each in tokens],
-            "top_logprobs": [dict(each.top) for each in tokens],
-            "text_offset": [],
-        }
-
-
-def _likely(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -131,7 +131,8 @@ class Foreman:
             if job.status == "cancelled":
                 lane.cancelled = True
                 self._engine.nudge()
-            elif job.status == "paused":
+            elif job.status in ("paused", "validating_files"):
+                # Resumed before the pause was seen: its run saves itself all the same, and goes on.
                 lane.stop.ask("paused")
         mine = {"model": self._settings.base_id}
         for job in self._store.all(JobRecord, {"status": "validating_files", **mine}):
