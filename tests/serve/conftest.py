@@ -61,6 +61,8 @@ def started(
     from pennyweight.serve.service import Service
 
     monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
+    # Measuring this machine takes seconds; its speed is not known here.
+    monkeypatch.setattr("pennyweight.serve.pace.calibrated", lambda device, config: device)
     running: list[Service] = []
 
     def start(**settings: Any) -> Service:

@@ -23,6 +23,7 @@ from pennyweight.lora.bank import ADAPTERS, MASTER_BYTES
 from pennyweight.loss import chunk_rows
 from pennyweight.model import BaseModel
 from pennyweight.plan import (
+    Device,
     Plan,
     as_size,
     forward_bytes,
@@ -88,13 +89,13 @@ class Memory:
             f"for answers, up to {as_size(self.jobs_bytes)} for jobs"
         )
 
-    def planned(self, run: RunConfig, data: Prepared) -> Plan:
-        """The plan of a run in the memory that jobs can have."""
+    def planned(self, run: RunConfig, data: Prepared, device: Device | None = None) -> Plan:
+        """The plan of a run in the memory that jobs can have; `device`: one whose speed is known."""
         run = resolve(run)
         return plan(
             run,
             self._shapes,
-            device=named_device(run.base.device),
+            device=device or named_device(run.base.device),
             rows=data_size(data),
             beside_bytes=self.jobs_bytes,
         )

@@ -15,6 +15,7 @@ from pennyweight.serve.guard import PageRefusal
 from pennyweight.serve.jobs import Foreman, Orders
 from pennyweight.serve.keys import Keys
 from pennyweight.serve.memory import Memory
+from pennyweight.serve.pace import Pace
 from pennyweight.serve.questions import Questions
 from pennyweight.serve.settings import ServeSettings
 from pennyweight.serve.store import Store
@@ -63,6 +64,7 @@ class Service:
             max_positions=base.max_positions,
             nudge=self.foreman.nudge,
         )
+        self.pace = Pace(settings.base)
         self.draining = False
         self.pages: list[Any] = []
         self.open_paths: set[str] = {"/healthz"}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pennyweight.builtin import task
+from pennyweight.plan import named_device
 from pennyweight.serve.records import (
     CheckpointRecord,
     EventRecord,
@@ -239,6 +240,21 @@ def test_a_live_job_is_asked_again_and_can_be_stopped(service: Any, page: Any) -
     assert 'hx-get="/jobs/list"' in page.get("/").text
 
 
+def test_settings_left_to_the_server_are_told_once_they_are_settled(
+    service: Any, page: Any
+) -> None:
+    auto = dict.fromkeys(("n_epochs", "batch_size", "learning_rate_multiplier"), "auto")
+    job(service, status="validating_files", fine_tuned_model=None, hyperparameters=auto)
+    whole = page.get("/jobs/ftjob-1").text
+    assert 'hx-get="/jobs/ftjob-1/asked"' in whole
+    assert "Passes" not in whole
+    settled = auto | {"n_epochs": 3, "batch_size": 11, "learning_rate_multiplier": 1.0}
+    service.store.change_job("ftjob-1", when=("validating_files",), hyperparameters=settled)
+    text = page.get("/jobs/ftjob-1/asked").text
+    assert re.search(r"<dt>Rows in a step</dt><dd>11</dd>", text)
+    assert "hx-get" not in text
+
+
 def test_what_a_page_does_comes_from_the_page(service: Any, page: Any) -> None:
     job(service, status="running", fine_tuned_model=None)
     elsewhere = {"origin": "http://evil.example"}
@@ -290,6 +306,52 @@ def test_rows_are_seen_before_anything_starts(service: Any, page: Any) -> None:
     assert made.asked["data"] == {"eval_fraction": 0.1, "split_seed": 0}
     assert page.post(f"/jobs/{made.id}/cancel", follow_redirects=False).status_code == 303
     assert service.store.get(JobRecord, made.id).status == "cancelled"
+
+
+def test_time_is_told_where_this_machines_speed_is_known(
+    page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"".join(row(f"red {i}") for i in range(20))
+    page.get("/jobs/new")
+    assert "Time, estimated" not in looked(page, content, hold_out="yes").text
+    known = replace(named_device("cpu"), launch_s=1e-5, dequantized=1e9)
+    monkeypatch.setattr("pennyweight.serve.pace.calibrated", lambda device, config: known)
+    page.get("/jobs/new")  # whoever opens the form lets it be measured
+    said = ""
+    while "Time, estimated" not in said:
+        said = looked(page, content, hold_out="yes").text
+    assert re.search(r"Time, estimated</dt><dd>\d+ m?s<small>", said)
+
+
+def test_the_list_tells_a_jobs_last_step_and_reads_no_more_than_that(
+    service: Any, page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job(service, status="running", fine_tuned_model=None)
+    read: list[int] = []
+    listed = service.store.listed
+
+    def counted(kind: Any, where: Any, **more: Any) -> Any:
+        found = listed(kind, where, **more)
+        read.extend([len(found[0])] if kind is EventRecord else [])
+        return found
+
+    steps = [
+        EventRecord(
+            f"s{i}",
+            "ftjob-1",
+            f"step {i}",
+            0,
+            "info",
+            "metrics",
+            "",
+            {"step": i, "total_steps": 90, "train_loss": 1.0},
+        )
+        for i in range(3, 60)
+    ]
+    service.store.record_progress("ftjob-1", steps, lambda event: None)
+    monkeypatch.setattr(service.store, "listed", counted)
+    assert "step 59 of 90" in page.get("/jobs/list").text
+    assert sum(read) < 8
 
 
 def test_without_a_script_the_look_is_a_page_that_keeps_what_was_given(page: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query, Request
@@ -10,7 +11,7 @@ from fastapi.responses import RedirectResponse, Response
 from pennyweight.registry import held_out_in
 from pennyweight.serve.api.caller import Asks
 from pennyweight.serve.catalogue import Served
-from pennyweight.serve.records import CheckpointRecord, EventRecord, JobRecord, ModelRecord
+from pennyweight.serve.records import EVERYONE, CheckpointRecord, EventRecord, ModelRecord
 from pennyweight.serve.service import Service
 from pennyweight.serve.web.looks import HEADERS
 from pennyweight.serve.web.routing import Page, show
@@ -69,24 +70,25 @@ def playground(
 
 def _rows(service: Service, owner: str) -> list[dict[str, Any]]:
     """What is served to the key beside the base, the newest first."""
-    known: dict[str, Figures] = {}
+    store, known = service.store, dict[str, tuple[Figures, dict[str, int]]]()
+    where = {"owner": (owner, EVERYONE)}
+    jobs = {(named.id, named.owner): named.job_id for named in store.all(ModelRecord, where)}
     found = []
     for model in reversed(service.catalogue.listed(owner)[1:]):
-        record = service.store.get(ModelRecord, model.id, owner)
-        job = None if record is None else record.job_id
+        job = jobs.get((model.id, model.owner))
         if job is not None and job not in known:
-            known[job] = figures_of(
-                service.store.all(EventRecord, {"job_id": job, "kind": "metrics"})
-            )
-        told = _trained(service, model, known[job], job) if job else _brought(service, model)
+            metrics = store.all(EventRecord, {"job_id": job, "kind": "metrics"})
+            points = store.all(CheckpointRecord, {"job_id": job})
+            known[job] = figures_of(metrics), {point.model: point.step for point in points}
+        told = _trained(model.id, *known[job]) if job else _brought(service, model)
         shared = {"id": model.id, "created_at": model.created_at, "mine": model.owner == owner}
         found.append({**shared, "job": job, **told})
     return found
 
 
-def _trained(service: Service, model: Served, figures: Figures, job: str) -> dict[str, Any]:
-    """An adapter of a job: its last word, or what it was at a step."""
-    step = _checkpoint_step(service, job, model.id)
+def _trained(model: str, figures: Figures, points: Mapping[str, int]) -> dict[str, Any]:
+    """An adapter of a job: its last word, or what it was at a step, where it is a checkpoint."""
+    step = points.get(model)
     if step is None:
         return {"kind": "trained here", "before": figures.before, "after": figures.after}
     after = dict(figures.held_out).get(step)
@@ -101,12 +103,3 @@ def _brought(service: Service, model: Served) -> dict[str, Any]:
     losses = (told.get("loss_before"), told.get("loss_after"))
     before, after = (float(loss) if isinstance(loss, int | float) else None for loss in losses)
     return {"kind": "from a folder", "before": before, "after": after}
-
-
-def _checkpoint_step(service: Service, job: str, model: str) -> int | None:
-    """The step of the checkpoint that this model is, None for a job's last word."""
-    ended = service.store.get(JobRecord, job)
-    if ended is not None and ended.fine_tuned_model == model:
-        return None
-    points = service.store.all(CheckpointRecord, {"job_id": job})
-    return next((point.step for point in points if point.model == model), None)

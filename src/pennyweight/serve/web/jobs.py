@@ -49,6 +49,13 @@ def status(request: Request, caller: Asks, job_id: str) -> Response:
     return html("job_status.html", job=job)
 
 
+@router.get("/jobs/{job_id}/asked")
+def asked(request: Request, caller: Asks, job_id: str) -> Response:
+    """Its settings, which are settled once its files were looked over."""
+    job, _ = _view(request.app.state.service, caller.name, job_id)
+    return html("job_asked.html", job=job)
+
+
 @router.get("/jobs/{job_id}/log")
 def log(request: Request, caller: Asks, job_id: str) -> Response:
     service: Service = request.app.state.service

@@ -15,12 +15,14 @@ from pennyweight.finetune import prepared
 from pennyweight.plan import Plan
 from pennyweight.plan.table import as_duration, as_size
 from pennyweight.serve.jobs import CreateJob
+from pennyweight.serve.pace import job_seconds
 from pennyweight.serve.refusals import Refused
 from pennyweight.serve.service import Service
 
 __all__ = ["Look", "look"]
 
 ROWS_SHOWN, MOST_LINES, LONGEST_LINE = 3, 20, 400
+PATIENCE_S = 10.0  # with the measuring of this machine, which began with the form
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,17 @@ def look(service: Service, owner: str, asked: CreateJob) -> Look:
         if not isinstance(fault, ValueError):  # the server's own trouble, not the rows'
             raise
         return Look(_shortened(str(fault).splitlines()))
-    return Look((), _shortened(seen.lines, run), seen.shown, _told(predicted, why), why is None)
+    told = _told(predicted, why) | {"seconds": _seconds(service, run, data)}
+    return Look((), _shortened(seen.lines, run), seen.shown, told, why is None)
+
+
+def _seconds(service: Service, run: RunConfig, data: Prepared) -> str:
+    """What the job would take, in words; nothing where this machine's speed is not known."""
+    device = service.pace.device(PATIENCE_S)
+    if device is None:
+        return ""
+    took = job_seconds(service.memory.planned(run, data, device), run, data)
+    return "" if took is None else as_duration(took)
 
 
 def _too_large(service: Service, run: RunConfig, data: Prepared) -> str | None:
@@ -82,7 +94,6 @@ def _told(predicted: Plan, why: str | None) -> dict[str, Any]:
         "peak": as_size(predicted.peak_bytes),
         "budget": f"{as_size(predicted.budget_bytes)} on {predicted.device.name}",
         "steps": "" if cost.steps is None else f"{cost.steps:,}",
-        "seconds": "" if cost.seconds is None else as_duration(cost.seconds),
         "trained": f"{predicted.trained_parameters:,}",
         "share": f"{predicted.trained_parameters / predicted.parameters:.2%}",
     }

@@ -43,6 +43,7 @@ _LABELS = {
 
 @router.get("/jobs/new")
 def new(request: Request, caller: Asks) -> Response:
+    request.app.state.service.pace.measure()  # while the form is filled in
     return _page(request, caller.name, picked=None, checked=None, given={"hold_out": "yes"})
 
 

@@ -13,6 +13,7 @@ from pennyweight.serve.store import Store
 
 __all__ = ["Figures", "JobView", "figures_of", "job_views", "said"]
 
+NEWEST = 4  # events of figures among which a step's is, whatever was measured after it
 _SAID = {
     "validating_files": "Reading the rows",
     "queued": "Waiting for its turn",
@@ -101,13 +102,15 @@ def figures_of(events: Iterable[EventRecord]) -> Figures:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """One job for a page. `acts`: what may be done with it now, as (route, label, class)."""
+    """One job for a page. `settled`: what was left to the server is known. `acts`: what may be done
+    with it now, as (route, label, class)."""
 
     id: str
     name: str
     status: str
     said: str
     live: bool
+    settled: bool
     created_at: int
     step: int
     steps: int
@@ -132,6 +135,7 @@ class JobView:
             status=job.status,
             said=said(job.status),
             live=job.status in LIVE,
+            settled=job.status not in LIVE or "auto" not in job.hyperparameters.values(),
             created_at=job.created_at,
             step=figures.step,
             steps=figures.total_steps,
@@ -151,15 +155,14 @@ class JobView:
 
 
 def job_views(store: Store, jobs: Sequence[JobRecord], filenames: dict[str, str]) -> list[JobView]:
-    """Views of several jobs, each with its own figures."""
-    return [
-        JobView.of(
-            job,
-            figures_of(store.all(EventRecord, {"job_id": job.id, "kind": "metrics"})),
-            filenames.get(job.training_file, job.training_file),
-        )
-        for job in jobs
-    ]
+    """Views of several jobs, each as its last figures tell it: where it stands, not how it came there."""
+    views = []
+    for job in jobs:
+        where = {"job_id": job.id, "kind": "metrics"}
+        newest, _ = store.listed(EventRecord, where, limit=NEWEST)
+        name = filenames.get(job.training_file, job.training_file)
+        views.append(JobView.of(job, figures_of(reversed(newest)), name))
+    return views
 
 
 def _settings(job: JobRecord) -> tuple[tuple[str, str], ...]:
