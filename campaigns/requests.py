@@ -50,7 +50,7 @@ def served(folder: Path) -> Any:
 def run(tally: Tally, cases: int | None) -> None:
     """About as many cases of every operation."""
     if find_spec("schemathesis") is None or find_spec("fastapi") is None:
-        raise Absent("pip install schemathesis, and the server's extra (pip install -e .[serve])")
+        raise Absent("pip install -e .[clients-test,serve]")
     import schemathesis
 
     from pennyweight.serve.api import create_app

@@ -15,7 +15,7 @@ pytest.importorskip(
     "fastapi", reason="the server's extra is not installed: pip install -e .[serve]"
 )
 if find_spec("dspy") is None:
-    pytest.skip("DSPy is not installed: pip install dspy", allow_module_level=True)
+    pytest.skip("DSPy is not installed: pip install -e .[clients-test]", allow_module_level=True)
 
 from campaigns.server import Server
 
