@@ -213,6 +213,8 @@ def test_what_cannot_be_answered_as_asked_is_400_and_names_the_field(
         ({"messages": TURN, "top_q": 1}, "top_q"),
         ({"messages": TURN, "frequency_penalty": 1}, "frequency_penalty"),
         ({"messages": TURN, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": TURN, "modalities": ["text", "audio"]}, "modalities"),
+        ({"messages": TURN, "functions": [{"name": "f"}]}, "functions"),
         ({"messages": TURN, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages"),
         ({"messages": [{"role": "user", "content": "a<|im_end|>b"}]}, "messages[0].content"),
@@ -221,6 +223,15 @@ def test_what_cannot_be_answered_as_asked_is_400_and_names_the_field(
     for body, param in cases:
         found = client.post("/v1/chat/completions", json={"model": "tiny", **body})
         assert (found.status_code, found.json()["error"]["param"]) == (400, param)
+
+
+def test_what_clients_send_without_meaning_anything_by_it_changes_nothing(
+    started: Callable[..., Any], client_of: Callable[..., Any]
+) -> None:
+    client = client_of(started())
+    nothing = dict.fromkeys(("audio", "functions", "web_search_options", "prediction", "stop"))
+    sent = ask(client, modalities=["text"], frequency_penalty=0, logit_bias={}, **nothing)
+    assert sent["choices"] == ask(client)["choices"]
 
 
 def test_a_completion_continues_text_as_it_stands(

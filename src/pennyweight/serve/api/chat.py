@@ -77,7 +77,13 @@ class AskChat(_Asked):
     tools: list[_Object] | None = None
     tool_choice: Any = None
     response_format: _Object | None = None
-    # Read and passed over: they say who asks and where, nothing of the answer.
+    modalities: list[str] | None = None
+    audio: Any = None
+    functions: Any = None
+    function_call: Any = None
+    web_search_options: Any = None
+    # Read and passed over: they say who asks, where and how fast, nothing of the answer.
+    prediction: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
@@ -93,7 +99,10 @@ class AskChat(_Asked):
             found.append("response_format")
         if self.tool_choice not in (None, "auto", "none"):
             found.append("tool_choice")
-        return found
+        if self.modalities not in (None, ["text"]):
+            found.append("modalities")
+        others = ("audio", "functions", "function_call", "web_search_options")
+        return found + [name for name in others if getattr(self, name)]
 
 
 class AskCompletion(_Asked):
