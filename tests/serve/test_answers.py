@@ -371,11 +371,12 @@ def test_an_answer_does_not_wait_for_what_jobs_write_down(
     service = started()
     gate = threading.Event()
     service.clerk.submit(gate.wait)
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            said = pool.submit(ask, client_of(service)).result(timeout=30)
-    finally:
-        gate.set()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, client_of(service))
+        try:
+            said = asked.result(timeout=30)
+        finally:
+            gate.set()
     assert said["usage"]["completion_tokens"] > 0
 
 
