@@ -39,6 +39,15 @@ def test_rows_that_cannot_be_scaled_become_zeros() -> None:
     assert not values[:2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cols", [1027, 1032])
+def test_rows_that_begin_anywhere_are_dequantized_past_the_caches(cols: int, dtype: Any) -> None:
+    weight = torch.randn(8200, cols, dtype=dtype)  # 16 MB and more
+    q = quantize_8bit(weight)
+    whole, few = dequantize_8bit(q), quantize_8bit(weight[4096:4100])
+    assert torch.equal(whole[4096:4100], dequantize_8bit(few))
+
+
 def test_more_rows_than_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rowwise, "chunk_elements", lambda device: 1 << 16)
     weight = torch.randn(700, 1000)

@@ -217,8 +217,11 @@ EXPORTED(void, nest)(const float *scales, int64_t count, float offset, int64_t g
 
 // `stream` writes past the caches, for what is too large to be read again from them.
 EXPORTED(void, dequantize)(const Weight *weight, void *out, bool stream, int32_t threads) {
-    const Dequantize d{weight, out, stream && reinterpret_cast<uintptr_t>(out) % 64 == 0};
     const int64_t count = weight->rows * weight->columns;
+    // Past the caches go whole lines; in 8 bits a piece is a row, which may begin within one.
+    const int64_t row_bytes = weight->columns * (weight->value_type == Type::float32 ? 4 : 2);
+    const bool lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && (weight->levels || row_bytes % 64 == 0);
+    const Dequantize d{weight, out, stream && lines};
     const int64_t pieces = weight->levels ? (count + kPiece - 1) / kPiece : weight->rows;
     const auto piece = weight->value_type == Type::float32 ? fill<float> : fill<uint16_t>;
     share_out(pieces, threads, piece, const_cast<Dequantize *>(&d));
