@@ -64,7 +64,7 @@ def test_resident_peak_within_a_tenth(
 @linux
 @pytest.mark.parametrize(
     "case",
-    [Case(256, 4, "qlora", 1024), Case(256, 4, "lora", 2048, recompute=True)],
+    [Case(256, 4, "qlora", 1024), Case(256, 4, "lora", 1024, recompute=True)],
     ids=lambda case: case.name,
 )
 def test_an_ordinary_run_takes_what_its_plan_said(
