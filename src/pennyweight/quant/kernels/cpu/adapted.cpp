@@ -166,8 +166,6 @@ int64_t strips_of(const Work &w) {
 
 using namespace pennyweight;
 
-#define KERNEL(name) PENNYWEIGHT_NAME(PENNYWEIGHT_VARIANT, name)
-
 EXPORTED(void, adapted)(const Adapted *layers, int64_t count, const float *x, int64_t rows, int32_t threads) {
     Work w{layers, count, x, rows, nullptr, nullptr};
     share_out(blocks(rows) * count, threads, narrow, &w);

@@ -8,8 +8,6 @@
 #include "elementwise.h"
 #include "threads.h"
 
-#define KERNEL(name) PENNYWEIGHT_NAME(PENNYWEIGHT_VARIANT, name)
-
 namespace pennyweight {
 namespace {
 
@@ -104,8 +102,6 @@ struct BackwardSpare {
     }
 };
 
-constexpr int64_t kPiece = 1 << 14;  // numbers of one piece of work
-
 struct Sum {
     const float *from;
     float *to;
@@ -115,8 +111,8 @@ struct Sum {
 // to += from.
 void sum(void *given, int64_t piece) {
     const Sum &s = *static_cast<const Sum *>(given);
-    const int64_t stop = least((piece + 1) * kPiece, s.count);
-    for (int64_t at = piece * kPiece; at < stop; at += width)
+    const int64_t stop = least((piece + 1) * kNumbersAThread, s.count);
+    for (int64_t at = piece * kNumbersAThread; at < stop; at += width)
         Lanes::store(s.to + at, Lanes::load(s.to + at) + Lanes::load(s.from + at));
 }
 
@@ -133,7 +129,7 @@ struct Parts {
 
     void add(const float *from, float *to, int64_t count) const {
         Sum s{from, to, count};
-        share_out((count + kPiece - 1) / kPiece, threads(count, kNumbersAThread), sum, &s);
+        share_out((count + kNumbersAThread - 1) / kNumbersAThread, threads(count, kNumbersAThread), sum, &s);
     }
 
     // Rows weighed; or with their gradient that of x.
@@ -143,27 +139,29 @@ struct Parts {
         KERNEL(norm)(&given, Type::float32, threads(pass.tokens * of.width(), kNumbersAThread));
     }
 
-    void products(int first, int count, const float *x, float *const *y) const {
-        Adapted layers[3];
+    // The layers of one call and what they give, or the gradient of that; returns the work it is.
+    int64_t gather(int first, int count, float *const *y, Adapted *layers) const {
         int64_t work = 0;
         for (int i = 0; i < count; ++i) {
             layers[i] = of.layers[first + i];
             layers[i].z = kept.z[first + i], layers[i].y = y[i];
             work += pass.tokens * layers[i].weight->columns * layers[i].weight->rows;
         }
+        return work;
+    }
+
+    void products(int first, int count, const float *x, float *const *y) const {
+        Adapted layers[3];
+        const int64_t work = gather(first, count, y, layers);
         KERNEL(adapted)(layers, count, x, pass.tokens, threads(work, kProductsAThread));
     }
 
     void gradients(int first, int count, float *const *grads, const float *x, float *const *dz, float *(*to)[2],
                    float *to_x, float *other) const {
         Adapted layers[3];
-        int64_t work = 0;
-        for (int i = 0; i < count; ++i) {
-            layers[i] = of.layers[first + i];
-            layers[i].z = kept.z[first + i], layers[i].dz = dz[first + i], layers[i].y = grads[i];
-            layers[i].to_a = to[first + i][0], layers[i].to_b = to[first + i][1];
-            work += pass.tokens * layers[i].weight->columns * layers[i].weight->rows;
-        }
+        const int64_t work = gather(first, count, grads, layers);
+        for (int i = 0; i < count; ++i)
+            layers[i].dz = dz[first + i], layers[i].to_a = to[first + i][0], layers[i].to_b = to[first + i][1];
         KERNEL(adapted_back)(layers, count, x, pass.tokens, to_x, other, threads(work, kProductsAThread));
     }
 

@@ -20,8 +20,9 @@
 // A function of the library, under the name of the variant it is compiled as.
 #define PENNYWEIGHT_NAME_(variant, name) pennyweight_##variant##_##name
 #define PENNYWEIGHT_NAME(variant, name) PENNYWEIGHT_NAME_(variant, name)
+#define KERNEL(name) PENNYWEIGHT_NAME(PENNYWEIGHT_VARIANT, name)
 #define EXPORTED(type, name)                                    \
-    extern "C" __attribute__((visibility("default"))) type PENNYWEIGHT_NAME(PENNYWEIGHT_VARIANT, name)
+    extern "C" __attribute__((visibility("default"))) type KERNEL(name)
 
 namespace pennyweight {
 

@@ -16,38 +16,19 @@ constexpr int kPairRows = 6;  // rows that one kernel call computes
 // A matrix of pairs of numbers: rows by `row`, pairs by `step`, in pairs.
 struct Pairs {
     using Right = uint32_t;
+    using Wide = I;
     static constexpr int kHeld = kPairRows;
 
     const uint32_t *at;
     int64_t row, step;
 
-    // c[rows, vectors * 16] += sum over pairs k of this[row, k] . b[k, :], or = with `fresh`.
-    template <int rows, int vectors>
-    INLINE void tile(const uint32_t *b, int64_t b_step, int64_t steps, float *c, int64_t c_row,
-                     bool fresh) const {
-        V sum[rows][vectors];
-        for (int m = 0; m < rows; ++m)
-            for (int n = 0; n < vectors; ++n)
-                sum[m][n] = fresh ? Lanes::zero() : Lanes::load(c + m * c_row + n * width);
-        for (int64_t k = 0; k < steps; ++k, b += b_step) {
-            I wide[vectors];
-#pragma GCC unroll 4
-            for (int n = 0; n < vectors; ++n) wide[n] = _mm512_loadu_si512(b + n * width);
-#pragma GCC unroll 8
-            for (int m = 0; m < rows; ++m) {
-                uint32_t pair;
-                memcpy(&pair, at + m * row + k * step, 4);
-                const I one = _mm512_set1_epi32(static_cast<int>(pair));
-#pragma GCC unroll 4
-                for (int n = 0; n < vectors; ++n)
-                    sum[m][n] = _mm512_dpbf16_ps(sum[m][n], (__m512bh)one, (__m512bh)wide[n]);
-            }
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 4
-            for (int n = 0; n < vectors; ++n) Lanes::store(c + m * c_row + n * width, sum[m][n]);
+    INLINE I one(int64_t m, int64_t k) const {
+        uint32_t pair;
+        memcpy(&pair, at + m * row + k * step, 4);
+        return _mm512_set1_epi32(static_cast<int>(pair));
     }
+    INLINE static I many(const uint32_t *b) { return _mm512_loadu_si512(b); }
+    INLINE static V add(V sum, I one, I many) { return _mm512_dpbf16_ps(sum, (__m512bh)one, (__m512bh)many); }
 };
 
 // c[rows, columns] (+)= a b; columns are a multiple of 16.

@@ -7,14 +7,40 @@ namespace pennyweight {
 namespace {
 
 // `Left` is a matrix by rows: `at`, `row`, `step`, the type of what it meets, how many rows one call
-// computes, and the call, `tile<rows, vectors>`.
+// computes, and what a step of a sum is: `one` number of its own, in each lane, `many` of the other's.
+//
+// c[rows, vectors * width] += sum over k of a[row, k] * b[k, :], or = with `fresh`.
+template <int rows, int vectors, class Left>
+INLINE void tile(Left a, const typename Left::Right *b, int64_t b_step, int64_t steps, float *c,
+                 int64_t c_row, bool fresh) {
+    typename Lanes::V sum[rows][vectors];
+    for (int m = 0; m < rows; ++m)
+        for (int n = 0; n < vectors; ++n)
+            sum[m][n] = fresh ? Lanes::zero() : Lanes::load(c + m * c_row + n * width);
+    for (int64_t k = 0; k < steps; ++k, b += b_step) {
+        typename Left::Wide wide[vectors];
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) wide[n] = Left::many(b + n * width);
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) {
+            const typename Left::Wide one = a.one(m, k);
+#pragma GCC unroll 4
+            for (int n = 0; n < vectors; ++n) sum[m][n] = Left::add(sum[m][n], one, wide[n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) Lanes::store(c + m * c_row + n * width, sum[m][n]);
+}
+
 template <int vectors, class Left, int rows = Left::kHeld>
 INLINE void rows_of(int64_t held, Left a, const typename Left::Right *b, int64_t b_step, int64_t steps,
                     float *c, int64_t c_row, bool fresh) {
     if constexpr (rows == 1)
-        a.template tile<1, vectors>(b, b_step, steps, c, c_row, fresh);
+        tile<1, vectors>(a, b, b_step, steps, c, c_row, fresh);
     else if (held == rows)
-        a.template tile<rows, vectors>(b, b_step, steps, c, c_row, fresh);
+        tile<rows, vectors>(a, b, b_step, steps, c, c_row, fresh);
     else
         rows_of<vectors, Left, rows - 1>(held, a, b, b_step, steps, c, c_row, fresh);
 }
