@@ -170,3 +170,35 @@ def test_what_kernels_do_not_do_all_of_goes_by_parts(
         y = layer(x, position_embeddings=angles())
     assert "_WholeBackward" not in functions(y)
     assert y.isfinite().all()
+
+
+def test_rows_that_do_not_lie_one_after_the_other_go_by_parts() -> None:
+    route = Route()
+    layer = whole(route, targets=set(SHAPES))
+    x = torch.randn(1, WIDTH, ROWS).transpose(1, 2).requires_grad_()
+    with route.over((0, 20, ROWS), ("a", "a")):
+        apart = layer(x, position_embeddings=angles())
+        together = layer(x.contiguous(), position_embeddings=angles())
+    assert "_WholeBackward" not in functions(apart)
+    assert "_WholeBackward" in functions(together)
+    torch.testing.assert_close(apart, together)
+
+
+def test_memory_is_of_the_rows_type_whatever_torchs_default_is() -> None:
+    route = Route()
+    layer = whole(route, targets=set(SHAPES))
+    x = torch.randn(1, ROWS, WIDTH, requires_grad=True)
+    turned = angles()
+
+    def grad() -> Tensor:
+        with route.over((0, 20, ROWS), ("a", "a")):
+            y = layer(x, position_embeddings=turned)
+        assert "_WholeBackward" in functions(y)
+        return torch.autograd.grad(y.square().sum(), x)[0]
+
+    expected, usual = grad(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # of half the bytes
+        assert torch.equal(grad(), expected)
+    finally:
+        torch.set_default_dtype(usual)

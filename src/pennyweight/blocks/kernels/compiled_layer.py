@@ -107,7 +107,7 @@ class WholeLayer:
         """The output; and what `back` reads beside x and the angles."""
         y = torch.empty_like(x)
         kept_bytes, spare_bytes, _ = self._bytes(x)
-        kept, spare = torch.empty(kept_bytes // 4), torch.empty(spare_bytes // 4)
+        kept, spare = x.new_empty(kept_bytes // 4), x.new_empty(spare_bytes // 4)
         self._run("decoder_layer", x, cos, sin, boundaries, kept=kept, spare=spare, y=y)
         return y, kept
 
@@ -124,15 +124,18 @@ class WholeLayer:
     ) -> tuple[Float[Tensor, "1 tokens d"] | None, list[Tensor | None]]:
         """Gradients of x, if it is asked for, and of the masters that are trained."""
         trained = [master for master in self.masters if master.requires_grad]
-        flat = torch.empty(sum(master.numel() for master in trained))
+        sizes = [master.numel() for master in trained]
+        flat = x.new_empty(sum(sizes))
         to_x = torch.empty_like(x) if of_x else None
-        spare = torch.empty(self._bytes(x)[2] // 4)
+        spare = x.new_empty(self._bytes(x)[2] // 4)
         self._run(
             "decoder_layer_back", x, cos, sin, boundaries,
             kept=kept, spare=spare, grad=grad_y.contiguous(), to_x=to_x, to_masters=flat,
         )  # fmt: skip
-        found = iter(torch._utils._unflatten_dense_tensors(flat, trained) if trained else ())
-        return to_x, [next(found) if master.requires_grad else None for master in self.masters]
+        found = iter(flat.split(sizes))
+        return to_x, [
+            next(found).view_as(master) if master.requires_grad else None for master in self.masters
+        ]
 
     def _bytes(self, x: Tensor) -> tuple[int, int, int]:
         """Of what is kept, and of what forward and backward need meanwhile."""
