@@ -184,7 +184,12 @@ def test_rows_that_do_not_lie_one_after_the_other_go_by_parts() -> None:
     torch.testing.assert_close(apart, together)
 
 
-def test_memory_is_of_the_rows_type_whatever_torchs_default_is() -> None:
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_memory_is_of_the_rows_type_whatever_torchs_default_is(
+    by_parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_parts:
+        monkeypatch.setattr(DecoderLayer, "_whole", lambda *_, **given: None)
     route = Route()
     layer = whole(route, targets=set(SHAPES))
     x = torch.randn(1, ROWS, WIDTH, requires_grad=True)
@@ -193,7 +198,7 @@ def test_memory_is_of_the_rows_type_whatever_torchs_default_is() -> None:
     def grad() -> Tensor:
         with route.over((0, 20, ROWS), ("a", "a")):
             y = layer(x, position_embeddings=turned)
-        assert "_WholeBackward" in functions(y)
+        assert ("_WholeBackward" in functions(y)) != by_parts
         return torch.autograd.grad(y.square().sum(), x)[0]
 
     expected, usual = grad(), torch.get_default_dtype()

@@ -96,7 +96,7 @@ def _attend(
     own = _in_bf16(query)
     dtype = query.dtype if own else torch.float32
     mixed = torch.empty(1, tokens, heads, width, dtype=dtype).transpose(1, 2)
-    sums = torch.empty(heads, tokens)
+    sums = torch.empty(heads, tokens, dtype=torch.float32)
     given = [_by_rows(each, own) for each in (query, key, value)]
     _call("attend", [*given, mixed], sums, boundaries, scale)
     return mixed.to(query.dtype), sums

@@ -114,8 +114,6 @@ class DecoderLayer(nn.Module):
         cos, sin = position_embeddings
         like = cos[:, None]
         turned = cos.shape == (*x.shape[:-1], attention.head_dim) and cos.dtype == x.dtype
-        # The library reads them where they lie, row after row.
-        turned = turned and all(each.is_contiguous() for each in (x, cos, sin))
         if not turned or serving("rotation", like, like, cos, sin) is None:
             return None
         if not attends_in_one_call(attention, like, attention.sliding_window, attention.softcap):

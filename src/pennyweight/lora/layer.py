@@ -112,11 +112,10 @@ class LoraFactors(nn.Module):
     ) -> LoraFactors:
         """A Kaiming-uniform (bound 1/sqrt(d_in), as nn.Linear), B zeros: the update starts at nothing."""
         generator = torch.Generator().manual_seed(seed)
-        a = torch.empty(r, d_in)
+        a = torch.empty(r, d_in, dtype=torch.float32)
         a.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
-        return cls(
-            a.to(device), torch.zeros(d_out, r, device=device), scaling=scaling, dropout=dropout
-        )
+        b = torch.zeros(d_out, r, dtype=torch.float32, device=device)
+        return cls(a.to(device), b, scaling=scaling, dropout=dropout)
 
 
 class AdaptedModule(nn.Module):

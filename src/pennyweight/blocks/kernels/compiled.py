@@ -87,7 +87,7 @@ class Norm:
         x: Float[Tensor, "*rows d"], weight: Float[Tensor, " d"], eps: float, *, wide: bool
     ) -> tuple[Float[Tensor, "*rows d"], Float[Tensor, "*rows 1"]]:
         """The weighed rows, and 1/rms of each in float32."""
-        inverse = torch.empty(*x.shape[:-1], 1)
+        inverse = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
         return _normed(x, None, weight, inverse, eps=eps, known=False, wide_weight=wide), inverse
 
     @staticmethod
@@ -207,7 +207,7 @@ class Softmax:
         """-log p of the wanted columns; with `error` the logits are written over by their gradient,
         softmax less one at the wanted column."""
         assert wanted.is_contiguous()
-        sums = torch.empty(len(logits), 3)
+        sums = torch.empty(len(logits), 3, dtype=torch.float32)
         read = logits.data_ptr(), wanted.data_ptr(), sums.data_ptr()
         _run("softmax", _Softmax(*read, *logits.shape, error), logits)
         return sums[:, 1].log() + sums[:, 0] - sums[:, 2]
